@@ -1,0 +1,197 @@
+"""
+Install the test servers once per user, into `$XDG_CACHE_HOME/keybroker-tests`.
+
+    litellm-<hash>/         a LiteLLM proxy in its own environment, and a database it can use
+    claude-<version>/       the Claude Code client as npm delivers it
+
+A folder without `.complete` was interrupted and is built again. The hash covers everything the
+build reads, so a change of a pin is a new folder. `python -m tests.servers.install` builds what
+is missing and prints nothing when all goes well.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.servers.postgres import Postgres, create, program
+
+LITELLM = "1.106.2"
+LITELLM_PACKAGES = (f"litellm[proxy]=={LITELLM}", "prisma==0.11.0")
+# 2.1.197 is the newest that npm gives to Node 18 and 20; 2.1.246 changed what a 403 does.
+CLAUDE = ("2.1.329", "2.1.197")
+
+_PRISMA = Path(__file__).parent / "prisma"
+
+
+class NotInstalledError(Exception):
+    """A test server is missing; the message says what to type."""
+
+
+def cache() -> Path:
+    """The folder that holds everything this module installs."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "keybroker-tests"
+
+
+def litellm_folder() -> Path:
+    """Where this version of LiteLLM is or will be."""
+    content = [*LITELLM_PACKAGES, sys.version, sys.base_prefix, platform.machine()]
+    content.append(program("postgres"))  # its path names the version, which the database follows
+    sources = [Path(__file__), *sorted(_PRISMA.iterdir())]
+    digest = hashlib.sha256("\0".join(content).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    return cache() / f"litellm-{digest.hexdigest()[:12]}"
+
+
+def claude_folder(version: str) -> Path:
+    """Where this version of the client is or will be."""
+    return cache() / f"claude-{version}"
+
+
+def installed(folder: Path) -> Path:
+    """
+    Return the folder when it is complete.
+
+    Raises:
+        NotInstalledError: It is not.
+    """
+    if not (folder / ".complete").exists():
+        raise NotInstalledError(f"{folder} is missing: run tests/setup.sh")
+    return folder
+
+
+def claude_program(version: str) -> Path:
+    """The client's native program; `bin/claude` of the package only starts it."""
+    packages = installed(claude_folder(version)) / "node_modules" / "@anthropic-ai"
+    for found in packages.glob("claude-code-*/claude"):
+        return found
+    raise NotInstalledError(f"{packages} holds no claude program for this platform")
+
+
+def prisma_environment(folder: Path) -> dict[str, str]:
+    """
+    What keeps Prisma from downloading engines, at build time and when the proxy runs.
+
+    Every engine variable must name a file, or Prisma looks for a download.
+    """
+    engine = str(folder / "prisma" / "query-engine.mjs")
+    return {
+        "PRISMA_QUERY_ENGINE_BINARY": engine,
+        "PRISMA_QUERY_ENGINE_LIBRARY": engine,
+        "PRISMA_SCHEMA_ENGINE_BINARY": "/bin/true",
+        "PRISMA_CLI_QUERY_ENGINE_TYPE": "binary",
+        "PRISMA_BINARY_CACHE_DIR": str(folder / "prisma"),
+        "PRISMA_HIDE_UPDATE_MESSAGE": "1",
+        "CHECKPOINT_DISABLE": "1",
+    }
+
+
+def build_litellm(folder: Path) -> None:
+    """Install the proxy, make its database client, and store a database with its tables."""
+    run([sys.executable, "-m", "venv", str(folder / "venv")])
+    python = folder / "venv" / "bin" / "python"
+    run([str(python), "-m", "pip", "install", "--quiet", *LITELLM_PACKAGES], _PIP)
+    shutil.copytree(_PRISMA, folder / "prisma")
+    npm(folder / "prisma")
+    packages = next((folder / "venv" / "lib").glob("python3*/site-packages"))
+    prisma = folder / "prisma" / "node_modules" / "prisma" / "build" / "index.js"
+    schema = packages / "litellm" / "proxy" / "schema.prisma"
+    path = f"{python.parent}:{os.environ['PATH']}"
+    run(
+        ["node", str(prisma), "generate", "--schema", str(schema)],
+        {**prisma_environment(folder), "PATH": path, "PRISMA_PY_DEBUG_GENERATOR": "1"},
+    )
+    migrations = sorted((packages / "litellm_proxy_extras" / "migrations").glob("*/migration.sql"))
+    store_database(folder / "database.tar", migrations)
+
+
+def store_database(target: Path, migrations: Sequence[Path]) -> None:
+    """Apply the migrations to a new cluster and store its files as one archive."""
+    with tempfile.TemporaryDirectory(prefix="keybroker-pg-") as temporary:
+        data = create(Path(temporary))
+        with Postgres(data) as postgres:
+            postgres.query("create database litellm", database="postgres")
+            # one statement after the other, as the migrations were written to be applied
+            postgres.query("\n;\n".join(sql.read_text() for sql in migrations))
+        run(["tar", "-cf", str(target), "-C", str(data), "."])
+
+
+def build_claude(folder: Path) -> None:
+    """Install one client. The platform's program comes as an optional dependency."""
+    version = folder.name.removeprefix("claude-")
+    npm(folder, f"@anthropic-ai/claude-code@{version}")
+
+
+def npm(folder: Path, *packages: str) -> None:
+    """Install npm packages below a folder; their scripts would download programs."""
+    flags = ["--ignore-scripts", "--no-audit", "--no-fund", "--no-package-lock", "--loglevel=error"]
+    run(["npm", "install", "--prefix", str(folder), *flags, *packages])
+
+
+_PIP = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore"}
+
+
+def run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+    """
+    Run a program without showing what it prints, unless it fails.
+
+    Raises:
+        SystemExit: It failed. The message ends with its output.
+    """
+    done = subprocess.run(
+        command,
+        env={**os.environ, **(environment or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}: exit status {done.returncode}\n{done.stdout}")
+
+
+@contextmanager
+def locked(name: str) -> Iterator[None]:
+    """Wait until no other process builds the same folder."""
+    cache().mkdir(parents=True, exist_ok=True)
+    with (cache() / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def ensure(folder: Path, build: Callable[[Path], None]) -> None:
+    """Build a folder unless it is complete. It is built in place: environments do not move."""
+    if (folder / ".complete").exists():
+        return
+    with locked(folder.name):
+        if (folder / ".complete").exists():
+            return
+        if sys.stderr.isatty():
+            print(f"installing {folder.name} for the tests (once)", file=sys.stderr)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        build(folder)
+        (folder / ".complete").touch()
+
+
+def main() -> None:
+    """Build what is missing."""
+    for version in CLAUDE:
+        ensure(claude_folder(version), build_claude)
+    ensure(litellm_folder(), build_litellm)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+#!/bin/sh
+# Install what the tests run against: Debian packages for programs that are missing, then the
+# servers of tests/servers/install.py in the user's cache. Prints nothing when all goes well.
+set -eu
+cd "$(dirname "$0")/.."
+python=${1:-.venv/bin/python}
+
+have() { command -v "$1" >/dev/null 2>&1; }
+
+missing_packages() {
+    ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || have initdb || echo postgresql
+    have node || echo nodejs
+    have npm || echo npm
+    have gnome-keyring-daemon || echo gnome-keyring
+    { have dbus-daemon && have dbus-send; } || echo dbus
+    have strace || echo strace
+}
+
+missing=$(missing_packages | tr '\n' ' ')
+if [ -n "$missing" ]; then
+    if ! have apt-get; then
+        echo "tests/setup.sh: install first: $missing" >&2
+        exit 1
+    elif [ "$(id -u)" = 0 ]; then
+        root=
+    elif sudo -n true 2>/dev/null; then
+        root="sudo -n"
+    else
+        echo "tests/setup.sh: type first: sudo apt-get install -y --no-install-recommends $missing" >&2
+        exit 1
+    fi
+    log=$(mktemp)
+    trap 'rm -f "$log"' EXIT
+    # Whether the programs are there is what counts: the status is also that of a server the
+    # postgresql package tries to start, and which the tests do not use.
+    {
+        $root apt-get update
+        # shellcheck disable=SC2086 # a list of words
+        $root env DEBIAN_FRONTEND=noninteractive \
+            apt-get install -y --no-install-recommends $missing
+    } >"$log" 2>&1 </dev/null || true
+    if [ -n "$(missing_packages)" ]; then
+        cat "$log" >&2
+        exit 1
+    fi
+fi
+
+exec "$python" -m tests.servers.install
