@@ -1,0 +1,38 @@
+# make demo    see it work, against a gateway of its own
+# make test    everything a change has to pass; installs real servers in ~/.cache (once)
+# make check   the part of it that reads the code
+# make bench   how fast the helper is
+
+.PHONY: demo test check bench
+.SILENT:
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PIP_ROOT_USER_ACTION = ignore
+
+demo: .venv/installed
+	.venv/bin/keybroker demo
+
+test: check
+	tests/setup.sh
+	.venv/bin/python -m pytest
+
+check: .venv/installed-dev
+	.venv/bin/ruff check --quiet
+	.venv/bin/ruff format --quiet --check
+	.venv/bin/mypy --no-error-summary
+
+bench: .venv/installed
+	for script in benchmarks/*.py; do .venv/bin/python "$$script" || exit; done
+
+.venv/created:
+	.ci/venv
+
+.venv/installed: pyproject.toml .venv/created
+	.ci/quietly .venv/bin/python -m pip install --editable .
+	touch $@
+
+# `--group` needs pip 25.1
+.venv/installed-dev: .venv/installed
+	.ci/quietly .venv/bin/python -m pip install --upgrade 'pip>=25.1'
+	.ci/quietly .venv/bin/python -m pip install --group dev
+	touch $@
