@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import selectors
 import socket
 import sys
 import threading
@@ -79,6 +80,7 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
     request_queue_size = 128
+    timeout = 0  # of `handle_request`, which is called when there is one
     allow_reuse_port = False  # two gateways on one port would share its connections at random
 
     def __init__(
@@ -96,6 +98,7 @@ class Server(ThreadingHTTPServer):
         self._open: dict[socket.socket, threading.Thread] = {}
         self._guard = threading.Lock()
         super().__init__(("127.0.0.1", port), _Handler)
+        self._stop, self._stopped = socket.socketpair()
         self._thread = threading.Thread(target=self._serve, name="devgateway", daemon=True)
 
     @property
@@ -109,8 +112,9 @@ class Server(ThreadingHTTPServer):
 
     def stop(self) -> None:
         """Stop listening, then cut every connection and wait for its thread."""
-        self.shutdown()
+        self._stop.close()
         self._thread.join()
+        self._stopped.close()
         self.server_close()
         with self._guard:
             still_open = dict(self._open)
@@ -121,7 +125,12 @@ class Server(ThreadingHTTPServer):
             thread.join(timeout=5)
 
     def _serve(self) -> None:
-        self.serve_forever(poll_interval=0.05)
+        """Accept until told to stop; unlike `serve_forever`, idle means no wake-ups."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self, selectors.EVENT_READ)
+            selector.register(self._stopped, selectors.EVENT_READ)
+            while all(key.fileobj is self for key, _ in selector.select()):
+                self.handle_request()
 
     def server_bind(self) -> None:
         TCPServer.server_bind(self)  # without the name look-up, which may take seconds
