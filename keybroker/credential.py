@@ -1,0 +1,146 @@
+"""Secret, Lease, Credential: a value that never prints itself beside one that always may."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import NoReturn
+
+LONGEST_SECRET = 16_384  # Claude Code refuses a longer helper output
+
+
+def sha256(data: bytes) -> str:
+    """Return the SHA-256 in hex, without loading OpenSSL where the small C module exists."""
+    try:
+        from _sha2 import sha256 as digest  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        try:
+            from _sha256 import sha256 as digest  # type: ignore[import-not-found,unused-ignore,no-redef]
+        except ImportError:
+            from hashlib import sha256 as digest  # type: ignore[assignment,unused-ignore]
+    return str(digest(data).hexdigest())
+
+
+class Secret:
+    """
+    A key that cannot be shown by accident.
+
+    It prints as `<secret 3f9a1c02>`, cannot be pickled, copied or put into JSON, and leaves only
+    through `reveal()`: to a worker's pipe, to the cache that seals it, to the one who asked for
+    it, to the source that must present it.
+
+    Raises:
+        ValueError: Not one token of printable ASCII of at most 16,384 characters; the text is
+            not repeated.
+    """
+
+    __slots__ = ("_text", "fingerprint")
+
+    def __init__(self, text: str) -> None:
+        if not text:
+            raise ValueError("empty")
+        if len(text) > LONGEST_SECRET:
+            raise ValueError(f"longer than {LONGEST_SECRET} characters")
+        if not all("!" <= character <= "~" for character in text):
+            raise ValueError("not one token of printable ASCII")
+        self._text = text
+        self.fingerprint = fingerprint(text)
+
+    def reveal(self) -> str:
+        return self._text
+
+    def __repr__(self) -> str:
+        return f"<secret {self.fingerprint}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other._text == self._text
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("a secret is not copied or pickled")
+
+
+def fingerprint(text: str) -> str:
+    """Return the printable stand-in of a secret: 8 hex digits of its SHA-256."""
+    return sha256(text.encode())[:8]
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """
+    Where a secret is, never the secret: `{ keyring = "litellm-admin" }`.
+
+    `kind` is env, file, keyring or command; `value` a name, a path, a user name in the keyring,
+    or a program with its arguments.
+    """
+
+    kind: str
+    value: str | tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.value if isinstance(self.value, str) else self.value[0]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Issuer:
+    """
+    Who minted a key, and all that is needed to have it revoked there.
+
+    Two issuers are the same when all fields are: "not found" from another one proves nothing.
+    """
+
+    type: str
+    url: str
+    admin: Reference | None = None
+    ca: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.type} {self.url}".strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """What the issuer promised. Safe to print."""
+
+    id: str  # what renew and revoke take
+    source: str
+    issued_at: datetime  # aware, UTC
+    expires_at: datetime | None = None  # None: no end was promised
+    renewable: bool = False
+    revocable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    secret: Secret
+    lease: Lease
+
+
+class Look(StrEnum):
+    """What one look at the gateway with a key showed."""
+
+    ALIVE = "alive"
+    REFUSED = "refused"
+    UNDECIDED = "undecided"  # the answer was about something else than the key
+    UNVERIFIED = "unverified"  # no method here tells a good key from a made-up one
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One look: by which method, and why that outcome, in words of our own."""
+
+    look: Look
+    method: str
+    reason: str = ""
+
+
+class Phase(StrEnum):
+    """How a profile's current key stands, for people."""
+
+    NONE = "none"
+    FRESH = "fresh"
+    STALE = "stale"  # valid, to be replaced
+    SUSPECT = "suspect"  # refused once; still handed out while it is being replaced
+    CONDEMNED = "condemned"
+    EXPIRED = "expired"
