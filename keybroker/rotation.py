@@ -1,0 +1,378 @@
+"""What to do next, and when: rules that are functions of values.
+
+No clock, no disk, no network and no chance is in here: `now` and `roll` (a number from 0 to 1
+that somebody else drew) are arguments. `hold` is the only grace period: how long a reader may
+keep using what it was given.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from enum import StrEnum
+
+from keybroker.credential import Issuer, Look, Phase, Verdict, sha256
+from keybroker.slots import Key, Open, Slots, Trouble, change
+
+LOOKS_AT_NEW_KEY = (timedelta(0), timedelta(seconds=1.5), timedelta(seconds=4))
+SECOND_REFUSAL_AFTER = timedelta(seconds=1)
+# After a call that may have committed: at once, then these, counted from its deadline. The last
+# is when no gateway or proxy in between can still be holding the request.
+LOOK_UPS = (timedelta(seconds=5), timedelta(seconds=60), timedelta(minutes=10), timedelta(hours=1))
+MOVED = "the profile names another source now"
+SETTLED = LOOK_UPS[1]  # looked up after this, an open label no longer counts as a live key
+
+
+class Kind(StrEnum):
+    MINTED = "minted"  # ours: journalled, retired, revoked
+    FOLLOWED = "followed"  # somebody else rotates it: read, verified, dropped when replaced
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """
+    The numbers of one profile.
+
+    Attributes:
+        issuer: Only its keys are handed out; keys of another are retired and revoked there.
+        lifetime: Asked of the gateway (minted).
+        hold: How long a reader may keep a key.
+        timeout: The longest that one call to the source takes.
+        poll: How often a followed source is read.
+    """
+
+    kind: Kind
+    issuer: Issuer
+    hold: timedelta
+    lifetime: timedelta = timedelta(hours=12)
+    timeout: timedelta = timedelta(seconds=8)
+    poll: timedelta = timedelta(minutes=5)
+    max_live: int = 4
+    retry_min: timedelta = timedelta(seconds=1)
+    retry_max: timedelta = timedelta(minutes=5)
+    verify: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Issue:
+    """Ask a minting source for a new key, under a label of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Poll:
+    """Read a followed source."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verify:
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Seal the new key and hand it out from now on."""
+
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Retire:
+    """Give a key up without a replacement."""
+
+    label: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Revoke:
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """Look an open label up; what is found is revoked. `last`: nothing found closes it."""
+
+    label: str
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing to do before `until`; None: nothing until something happens."""
+
+    until: datetime | None
+
+
+Step = Issue | Poll | Verify | Publish | Retire | Revoke | Settle | Wait
+
+
+def default_hold(helper_ttl: timedelta) -> timedelta:
+    """Return how long a client that refreshes every `helper_ttl` may use a key it was given."""
+    return max(timedelta(minutes=15), 3 * helper_ttl + timedelta(minutes=10))
+
+
+def shortest_lifetime(hold: timedelta) -> timedelta:
+    """Return the least lifetime with which a fresh key always has two holds left to rotate in."""
+    return 3 * hold
+
+
+def stale_at(key: Key, policy: Policy) -> datetime | None:
+    """Return when a key is to be replaced: with two holds left, earlier by the label's jitter."""
+    if key.lease.expires_at is None:
+        if policy.kind is Kind.FOLLOWED:
+            return None
+        ends = key.lease.issued_at + policy.lifetime  # the gateway ends nothing: we do
+    else:
+        ends = key.lease.expires_at
+    life = ends - key.lease.issued_at
+    early = min(life * 2 / 3, max(life - 2 * policy.hold, life / 4))
+    return key.lease.issued_at + early - jitter(key.label, life)
+
+
+def jitter(label: str, life: timedelta) -> timedelta:
+    """Return 0 to a tenth of the life, fixed by the label: hosts do not rotate in step."""
+    return life * (int(sha256(label.encode())[:8], 16) / 0x1_0000_0000 / 10)
+
+
+def expired(key: Key, now: datetime) -> bool:
+    return key.lease.expires_at is not None and now >= key.lease.expires_at
+
+
+def usable(key: Key | None, policy: Policy, now: datetime) -> bool:
+    """Say whether a key may be handed out: alive, not condemned, of this profile's issuer."""
+    return (
+        key is not None
+        and key.revoke_at is None
+        and not key.condemned
+        and not expired(key, now)
+        and key.issuer == policy.issuer
+    )
+
+
+def phase(slots: Slots, policy: Policy, now: datetime) -> Phase:
+    key = slots.current
+    if key is None:
+        return Phase.NONE
+    if expired(key, now):
+        return Phase.EXPIRED
+    if key.condemned or key.issuer != policy.issuer:
+        return Phase.CONDEMNED
+    if key.refused_at is not None:
+        return Phase.SUSPECT
+    due = stale_at(key, policy)
+    return Phase.STALE if due is not None and now >= due else Phase.FRESH
+
+
+def live(slots: Slots, policy: Policy) -> int:
+    """Count what may be alive at the gateway: keys, and open labels not yet settled."""
+    return len(slots.keys) + sum(not _settled(open_, policy) for open_ in slots.open)
+
+
+def next_step(slots: Slots, policy: Policy, now: datetime) -> Step:
+    """
+    Return the one thing to do now for a profile, or how long to wait.
+
+    The order is the promise: a new key is verified and published before anything is revoked, an
+    open label is looked up before another key is asked for.
+    """
+    waits: list[datetime] = []
+    for when, step in _candidates(slots, policy, now):
+        if when <= now:
+            return step
+        waits.append(when)
+    return Wait(min(waits, default=None))
+
+
+def _candidates(slots: Slots, policy: Policy, now: datetime) -> Iterator[tuple[datetime, Step]]:
+    current = slots.current
+    if current is not None and current.issuer != policy.issuer:
+        yield current.not_before or now, Retire(current.label, MOVED)
+    if slots.next is not None:
+        yield _step_for_new(slots, slots.next, policy, now)
+    for open_ in slots.open:
+        yield _look_up(open_, policy, now)
+    if slots.next is None:
+        yield from _replacement(slots, policy, now)
+    if current is not None and current.refused_at is not None and not current.condemned:
+        due = current.refused_at + SECOND_REFUSAL_AFTER
+        yield max(due, current.not_before or due), Verify(current.label)
+    for key in slots.retired:
+        if key.revoke_at is not None:
+            yield max(key.revoke_at, key.not_before or key.revoke_at), Revoke(key.label)
+
+
+def _step_for_new(slots: Slots, new: Key, policy: Policy, now: datetime) -> tuple[datetime, Step]:
+    """A new key gets up to three looks in five seconds before it counts as bad."""
+    if new.issuer != policy.issuer:
+        return new.not_before or now, Retire(new.label, MOVED)
+    expires = new.lease.expires_at
+    if policy.kind is Kind.MINTED and expires is not None:
+        # 2.5 and not 3: the answer came a moment after it was asked for.
+        if expires - new.lease.issued_at < 2.5 * policy.hold:
+            why = "the gateway gave it a shorter life than three holds"
+            return new.not_before or now, Retire(new.label, why)
+        if now >= new.lease.issued_at + (expires - new.lease.issued_at) / 2:
+            return new.not_before or now, Retire(new.label, "it aged before it was verified")
+    if not policy.verify or (
+        new.verdict is not None and new.verdict.look in (Look.ALIVE, Look.UNVERIFIED)
+    ):
+        return new.not_before or now, Publish(new.label)
+    if new.looks < len(LOOKS_AT_NEW_KEY):
+        start = new.first_look or now
+        return start + LOOKS_AT_NEW_KEY[new.looks], Verify(new.label)
+    if new.verdict is not None and new.verdict.look is Look.REFUSED:
+        why = f"the gateway refused it ({new.verdict.reason})"
+        return new.not_before or now, Retire(new.label, why)
+    if not usable(slots.current, policy, now):
+        return now, Publish(new.label)  # undecided, and nothing better is to be had
+    return new.not_before or now, Verify(new.label)
+
+
+def _look_up(open_: Open, policy: Policy, now: datetime) -> tuple[datetime, Step]:
+    deadline = open_.since + policy.timeout
+    last = now >= deadline + LOOK_UPS[-1]
+    due = open_.since
+    if open_.looked_at is not None:
+        seen = open_.looked_at
+        due = next((deadline + at for at in LOOK_UPS if deadline + at > seen), seen)
+    return max(due, open_.not_before or due), Settle(open_.label, last)
+
+
+def _settled(open_: Open, policy: Policy) -> bool:
+    after = open_.since + policy.timeout + SETTLED
+    return open_.looked_at is not None and open_.looked_at >= after
+
+
+def _replacement(slots: Slots, policy: Policy, now: datetime) -> Iterator[tuple[datetime, Step]]:
+    """Yield when to issue or poll next, if a reason for it is known."""
+    current = slots.current
+    wanted: datetime | None = now
+    if not (slots.rotate or not usable(current, policy, now)):
+        assert current is not None
+        if current.refused_at is None:
+            wanted = stale_at(current, policy)
+    if policy.kind is Kind.FOLLOWED:
+        if slots.polled_at is not None:
+            regular = slots.polled_at + policy.poll
+            wanted = regular if wanted is None else min(wanted, regular)
+            if not slots.rotate:  # a source that has not rotated yet is asked no more often
+                wanted = max(wanted, slots.polled_at + min(policy.poll, timedelta(seconds=5)))
+        yield max(wanted or now, slots.not_before or now), Poll()
+        return
+    if wanted is None or live(slots, policy) >= policy.max_live:
+        return
+    spaced = slots.wanted_at + policy.retry_min if slots.wanted_at is not None else now
+    yield max(wanted, slots.not_before or wanted, spaced), Issue()
+
+
+# What a worker's answer changes, beside the journal's records.
+
+
+def backoff(
+    failures: int,
+    roll: float,
+    policy: Policy,
+    *,
+    left: timedelta | None = None,
+    retry_after: timedelta | None = None,
+    final: bool = False,
+) -> timedelta:
+    """
+    Return how long to wait after a failure: full jitter, tighter while a key runs out.
+
+    Args:
+        failures: How many in a row, this one included.
+        roll: 0 to 1, drawn by the caller.
+        left: What the current key has left to live.
+        retry_after: The server's wish; never undercut.
+        final: A denial; trying often is no use.
+    """
+    ceiling = min(policy.retry_max, policy.retry_min * (1 << min(failures, 16)))
+    if final:
+        ceiling = policy.retry_max
+        roll = 1.0
+    elif left is not None and left > timedelta(0):
+        ceiling = max(policy.retry_min, min(ceiling, left / 4))
+    delay = policy.retry_min + (ceiling - policy.retry_min) * roll
+    return max(delay, retry_after or delay)
+
+
+def failed(
+    slots: Slots,
+    policy: Policy,
+    now: datetime,
+    roll: float,
+    trouble: Trouble,
+    *,
+    retry_after: timedelta | None = None,
+    final: bool = False,
+) -> Slots:
+    """An issue or a poll did not work; the current key stays."""
+    failures = slots.failures + 1
+    left = None
+    if slots.current is not None and slots.current.lease.expires_at is not None:
+        left = slots.current.lease.expires_at - now
+    delay = backoff(failures, roll, policy, left=left, retry_after=retry_after, final=final)
+    return replace(slots, failures=failures, not_before=now + delay, trouble=trouble)
+
+
+def worked(slots: Slots) -> Slots:
+    """An issue or a poll worked."""
+    return replace(slots, failures=0, not_before=None, trouble=None)
+
+
+def hurried(slots: Slots) -> Slots:
+    """A person asks for a new key now: no interval but the shortest holds."""
+    return replace(slots, rotate=True, not_before=None, failures=0)
+
+
+def put_off(slots: Slots, label: str, policy: Policy, now: datetime, roll: float) -> Slots:
+    """A revocation, verification or look-up got no answer: try again later."""
+    key = slots.key(label)
+    if key is not None:
+        failures = key.failures + 1
+        later = now + backoff(failures, roll, policy)
+        return change(slots, replace(key, failures=failures, not_before=later))
+    opened = tuple(
+        replace(o, failures=o.failures + 1, not_before=now + backoff(o.failures + 1, roll, policy))
+        if o.label == label
+        else o
+        for o in slots.open
+    )
+    return replace(slots, open=opened)
+
+
+def judged(
+    slots: Slots, label: str, verdict: Verdict, policy: Policy, now: datetime, roll: float
+) -> Slots:
+    """
+    Take in one look at a key.
+
+    One refusal makes the current key suspect. A second one, at least a second later, while the
+    gateway is otherwise healthy (it accepted or minted something in between), condemns it.
+    """
+    key = slots.key(label)
+    if key is None:
+        return slots
+    if verdict.look is Look.ALIVE:
+        slots = replace(slots, accepted_at=now)
+    key = replace(key, verdict=verdict, looks=key.looks + 1, first_look=key.first_look or now)
+    if slots.current is None or slots.current.label != label:
+        if verdict.look is Look.UNDECIDED and key.looks >= len(LOOKS_AT_NEW_KEY):
+            later = now + backoff(key.failures + 1, roll, policy)
+            return change(slots, replace(key, failures=key.failures + 1, not_before=later))
+        return change(slots, replace(key, failures=0, not_before=None))
+    if verdict.look is Look.ALIVE:
+        key = replace(key, refused_at=None, not_before=None, failures=0)
+    elif verdict.look is Look.REFUSED:
+        if key.refused_at is None:
+            key = replace(key, refused_at=now)
+        elif now >= key.refused_at + SECOND_REFUSAL_AFTER and _healthy_since(slots, key.refused_at):
+            key = replace(key, condemned=True)
+    if key.refused_at is not None and not key.condemned:
+        later = now + max(SECOND_REFUSAL_AFTER, backoff(key.failures + 1, roll, policy))
+        key = replace(key, failures=key.failures + 1, not_before=later)
+    return change(slots, key)
+
+
+def _healthy_since(slots: Slots, moment: datetime) -> bool:
+    return slots.accepted_at is not None and slots.accepted_at >= moment
