@@ -1,0 +1,552 @@
+"""The configuration file: its shape, its defaults, its errors with file and line.
+
+No secret is in it; a secret is a reference. Unknown keys are errors, because a misspelt
+`lifetime` must not become a key that lives for ever.
+"""
+
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from keybroker.credential import Issuer, Reference
+from keybroker.errors import ConfigError
+from keybroker.fields import (
+    AMOUNT,
+    BOOLEAN,
+    COMMAND,
+    COUNT,
+    DURATION,
+    HEADERS,
+    REFERENCE,
+    TABLE,
+    TEXT,
+    TEXTS,
+    URL,
+    Field,
+    one_of,
+    show_duration,
+)
+from keybroker.rotation import Kind, Policy, default_hold, shortest_lifetime
+
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+LARGEST_FILE = 1 << 20
+
+GENERAL = {
+    "default": Field(TEXT, "The profile that is meant when none is named."),
+}
+CACHE = {
+    "key": Field(
+        one_of("auto", "keyring", "file", "memory"),
+        "What seals the cache: a systemd credential or the OS keyring (auto), the keyring alone, "
+        "a key file of mode 0600, or nothing, so that no key outlives its process.",
+        default="auto",
+    ),
+}
+PROFILE = {
+    "base_url": Field(URL, "Becomes ANTHROPIC_BASE_URL; any path in it is kept.", required=True),
+    "helper_ttl": Field(
+        DURATION, "How often Claude Code asks again.", default=timedelta(seconds=60)
+    ),
+    "hold": Field(
+        DURATION,
+        "How long a reader may keep a key; the default is the longer of 15m and "
+        "3 x helper_ttl + 10m.",
+    ),
+    "verify": Field(
+        one_of("auto", "models", "count_tokens", "info", "message", "none"),
+        "How a new key is tried before it is handed out; message costs one token.",
+        default="auto",
+    ),
+    "verify_model": Field(
+        TEXT, "The model that count_tokens and message name.", default="claude-sonnet-4-5"
+    ),
+    "headers": Field(HEADERS, "Sent with every request to the gateway.", default={}),
+    "ca": Field(TEXT, "A PEM file of the authorities that the gateway's certificate is from."),
+    "anthropic_key": Field(
+        BOOLEAN, "Let a key that begins with sk-ant- go to this base_url.", default=False
+    ),
+    "max_live": Field(COUNT, "The most unrevoked keys at a time.", default=4),
+}
+SOURCES: dict[str, dict[str, Field]] = {
+    "litellm": {
+        "admin": Field(REFERENCE, "Where the key with key-management rights is.", required=True),
+        "url": Field(URL, "The key API, where it is not at the origin of base_url."),
+        "lifetime": Field(DURATION, "How long a minted key lives.", default=timedelta(hours=12)),
+        "timeout": Field(DURATION, "The longest one call takes.", default=timedelta(seconds=8)),
+        "models": Field(TEXTS, "The models that a key may use; all when absent.", default=()),
+        "key_type": Field(one_of("llm_api", "default"), "What a key may call.", default="llm_api"),
+        "max_budget": Field(AMOUNT, "Spend limit of one key; starts anew at each rotation."),
+        "budget_duration": Field(TEXT, "When a key's budget is reset, such as 24h."),
+        "rpm_limit": Field(COUNT, "Requests a minute."),
+        "tpm_limit": Field(COUNT, "Tokens a minute."),
+        "max_parallel_requests": Field(COUNT, "Requests at a time."),
+        "user_id": Field(TEXT, "The user who owns the keys."),
+        "team_id": Field(TEXT, "The team that owns the keys."),
+        "metadata": Field(TABLE, "Kept with each key at the gateway.", default={}),
+    },
+    "command": {
+        "command": Field(
+            COMMAND,
+            'A program that prints a key, or JSON with "key" and "ttl" or "expires_at".',
+            required=True,
+        ),
+        "environment": Field(TEXTS, "Variables that are passed on to it.", default=()),
+        "timeout": Field(DURATION, "The longest it may run.", default=timedelta(seconds=8)),
+        "poll": Field(DURATION, "How often it is run.", default=timedelta(minutes=5)),
+    },
+    "static": {
+        "key": Field(REFERENCE, "Where the key is."),
+        "placeholder": Field(
+            TEXT, "A value that is no secret, for gateways that check no key, such as Ollama."
+        ),
+        "timeout": Field(
+            DURATION, "The longest reading it may take.", default=timedelta(seconds=8)
+        ),
+        "poll": Field(DURATION, "How often it is read.", default=timedelta(minutes=5)),
+    },
+}
+MINTING = frozenset({"litellm"})
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """
+    A named entry of the file, checked and with its defaults filled in.
+
+    `raw` is the entry as it was written, in values that JSON knows: what a worker is given, to
+    read it again by the same rules.
+    """
+
+    name: str
+    base_url: str
+    helper_ttl: timedelta
+    hold: timedelta
+    verify: str
+    verify_model: str
+    headers: Mapping[str, str]
+    ca: str | None
+    anthropic_key: bool
+    max_live: int
+    type: str
+    source: Mapping[str, Any]
+    raw: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.MINTED if self.type in MINTING else Kind.FOLLOWED
+
+    @property
+    def issuer(self) -> Issuer:
+        """Who issues this profile's keys; a key of any other is not handed out."""
+        if self.kind is Kind.MINTED:
+            url = self.source["url"] or origin(self.base_url)
+            return Issuer(self.type, url, self.source["admin"], self.ca)
+        if self.type == "command":
+            return Issuer(self.type, self.base_url, Reference("command", self.source["command"]))
+        return Issuer(self.type, self.base_url, self.source["key"])
+
+    @property
+    def policy(self) -> Policy:
+        common = {
+            "kind": self.kind,
+            "issuer": self.issuer,
+            "hold": self.hold,
+            "timeout": self.source["timeout"],
+            "verify": self.verify != "none",
+        }
+        if self.kind is Kind.MINTED:
+            return Policy(**common, lifetime=self.source["lifetime"], max_live=self.max_live)
+        return Policy(**common, poll=self.source["poll"])
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What works, but not as somebody may think."""
+        found = []
+        if self.source.get("max_budget") is not None:
+            found.append(
+                f"profiles.{self.name}.source.max_budget: a budget of each key starts anew at "
+                "each rotation; set it for the user or team at the gateway to limit the sum"
+            )
+        for name, url in (("base_url", self.base_url), ("source.url", self.source.get("url"))):
+            if url and url.startswith("http://") and not is_loopback(url):
+                found.append(f"profiles.{self.name}.{name}: http:// sends keys in clear")
+        if self.verify == "none":
+            found.append(f"profiles.{self.name}.verify: new keys are handed out untried")
+        return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The whole of it. `files` are those that were read, in order."""
+
+    profiles: Mapping[str, Profile]
+    default: str | None
+    cache_key: str
+    files: tuple[Path, ...]
+
+    def profile(self, name: str | None) -> Profile:
+        """
+        Return a profile by its name, or the only one, or the default.
+
+        Raises:
+            ConfigError: There is no such profile, or several and none was named.
+        """
+        known = ", ".join(sorted(self.profiles))
+        if name is not None:
+            if name in self.profiles:
+                return self.profiles[name]
+            hint = f"profiles: {known}" if known else "see `keybroker config path`"
+            raise ConfigError(f"config: no profile {name[:32]!r}", hint=hint)
+        if self.default is not None:
+            return self.profiles[self.default]
+        if len(self.profiles) == 1:
+            return next(iter(self.profiles.values()))
+        if not self.profiles:
+            raise ConfigError("config: no profile is configured", hint=_no_profile(self.files))
+        raise ConfigError(
+            "config: several profiles, and none was named",
+            hint=f"name one, or set default: {known}",
+        )
+
+
+def _no_profile(files: Sequence[Path]) -> str:
+    return f"write [profiles.work] into {files[-1]}" if files else "see `keybroker config path`"
+
+
+def origin(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def load(files: Sequence[Path]) -> Config:
+    """
+    Read the files that exist, later ones over earlier ones.
+
+    Tables are merged key by key, a profile's `source` as a whole.
+
+    Raises:
+        ConfigError: A file cannot be read, may be written by others, or has an error; the
+            message names file, line and key.
+    """
+    tables: dict[str, Any] = {}
+    wheres: dict[tuple[str, ...], str] = {}
+    read = []
+    for file in files:
+        text = _read(file)
+        if text is None:
+            continue
+        read.append(file)
+        try:
+            document = tomllib.loads(text)
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
+            raise ConfigError(f"{file}: {_toml_problem(error, text)}") from None
+        lines = key_lines(text)
+        wheres.update({path: f"{file}:{line}" for path, line in lines.items()})
+        _merge(tables, document)
+    return parse(tables, Where(wheres, str(read[-1] if read else "config")), tuple(read))
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Where each key stands: `file:line` by path; the nearest known parent for the rest."""
+
+    known: Mapping[tuple[str, ...], str]
+    file: str
+
+    def error(self, path: tuple[str, ...], problem: str) -> ConfigError:
+        place = next(
+            (self.known[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.known),
+            self.file,
+        )
+        return ConfigError(
+            f"{place}: {'.'.join(path)}: {problem}" if path else f"{place}: {problem}"
+        )
+
+
+def parse(tables: Mapping[str, Any], where: Where, files: tuple[Path, ...] = ()) -> Config:
+    """
+    Check a document.
+
+    Raises:
+        ConfigError: The first thing that is wrong with it.
+    """
+    allowed = [*GENERAL, "defaults", "cache", "profiles"]
+    for name in tables:
+        if name not in allowed:
+            raise where.error((name,), _unknown(name, allowed))
+    general = _table({k: v for k, v in tables.items() if k in GENERAL}, GENERAL, (), where)
+    cache = _table(_dict(tables, "cache", where), CACHE, ("cache",), where)
+    shared = _dict(tables, "defaults", where)
+    known = {name: Field(one.kind, one.doc) for name, one in PROFILE.items()}
+    _table(shared, known, ("defaults",), where)
+    profiles = {}
+    for name, entry in _dict(tables, "profiles", where).items():
+        if not NAME.fullmatch(name):
+            problem = "a profile's name has lower-case letters, digits, - and _, at most 32"
+            raise where.error(("profiles", name), problem)
+        if not isinstance(entry, dict):
+            raise where.error(("profiles", name), "expected a table")
+        profiles[name] = read_profile(name, {**shared, **entry}, where)
+    default = general["default"]
+    if default is not None and default not in profiles:
+        raise where.error(("default",), "no profile has this name")
+    return Config(profiles, default, cache["key"], files)
+
+
+def read_profile(name: str, raw: Mapping[str, Any], where: Where) -> Profile:
+    """
+    Read one profile's table.
+
+    Raises:
+        ConfigError: It has an unknown key, a wrong value, or numbers that cannot work together.
+    """
+    path = ("profiles", name)
+    values = _table({k: v for k, v in raw.items() if k != "source"}, PROFILE, path, where)
+    if "source" not in raw:
+        raise where.error(path, "has no [source] table")
+    source = _dict(raw, "source", where, path)
+    kind = source.get("type")
+    if not isinstance(kind, str) or kind not in SOURCES:
+        known = ", ".join(sorted(SOURCES))
+        raise where.error((*path, "source", "type"), f"expected one of {known}")
+    rest = {k: v for k, v in source.items() if k != "type"}
+    settings = _table(rest, SOURCES[kind], (*path, "source"), where)
+    values["hold"] = values["hold"] or default_hold(values["helper_ttl"])
+    profile = Profile(name=name, **values, type=kind, source=settings, raw=raw)
+    for key, problem in _contradictions(profile):
+        raise where.error((*path, *key.split(".")), problem)
+    return profile
+
+
+def _contradictions(profile: Profile) -> Iterator[tuple[str, str]]:
+    if profile.helper_ttl % timedelta(milliseconds=1):
+        yield "helper_ttl", "expected whole milliseconds"
+    if profile.type == "static":
+        given = [k for k in ("key", "placeholder") if profile.source[k] is not None]
+        if len(given) != 1:
+            yield "source", "a static source has either key or placeholder"
+        value = profile.source["placeholder"] or "x"
+        if not all("!" <= c <= "~" for c in value):
+            yield "source.placeholder", "expected one word of printable ASCII"
+        if value.startswith(("sk-", "Bearer")) or len(value) > 64:
+            yield "source.placeholder", "this looks like a key; use key = { keyring = … }"
+    if profile.kind is not Kind.MINTED:
+        return
+    lifetime: timedelta = profile.source["lifetime"]
+    if lifetime % timedelta(seconds=1):
+        yield "source.lifetime", "expected whole seconds"
+    least = shortest_lifetime(profile.hold)
+    if lifetime < least:
+        yield (
+            "source.lifetime",
+            (
+                f"{show_duration(lifetime)} is less than three times the hold of "
+                f"{show_duration(profile.hold)}; a lifetime of {show_duration(least)} works, or a "
+                f"hold of {show_duration(_whole(lifetime / 3))} and a helper_ttl of at most "
+                f"{show_duration(_whole(lifetime / 4))}"
+            ),
+        )
+    if profile.helper_ttl > lifetime / 4:
+        yield (
+            "helper_ttl",
+            (
+                f"more than a quarter of the lifetime of {show_duration(lifetime)}; at most "
+                f"{show_duration(_whole(lifetime / 4))} works"
+            ),
+        )
+    if profile.max_live < 3:
+        yield "max_live", "a rotation needs room for 3 keys: old, new, and one not yet revoked"
+
+
+def _whole(length: timedelta) -> timedelta:
+    """Round down to what reads well."""
+    one = timedelta(seconds=1) if length >= timedelta(seconds=1) else timedelta(milliseconds=1)
+    return length // one * one
+
+
+def _table(
+    raw: Mapping[str, Any], fields: Mapping[str, Field], path: tuple[str, ...], where: Where
+) -> dict[str, Any]:
+    for name in raw:
+        if name not in fields:
+            raise where.error((*path, name), _unknown(name, list(fields)))
+    values = {}
+    for name, one in fields.items():
+        if name in raw:
+            try:
+                values[name] = one.kind.read(raw[name])
+            except ValueError as error:
+                raise where.error((*path, name), str(error)) from None
+        elif one.required:
+            raise where.error(path, f"has no {name}: {one.doc[0].lower()}{one.doc[1:]}")
+        else:
+            values[name] = one.default
+    return values
+
+
+def _dict(
+    tables: Mapping[str, Any], name: str, where: Where, path: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    found = tables.get(name, {})
+    if not isinstance(found, dict):
+        raise where.error((*path, name), "expected a table")
+    return found
+
+
+def _unknown(name: str, allowed: list[str]) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, allowed, 1)
+    return f"unknown key; did you mean {close[0]}?" if close else "unknown key"
+
+
+def _merge(into: dict[str, Any], document: Mapping[str, Any]) -> None:
+    for name, value in document.items():
+        old = into.get(name)
+        if isinstance(old, dict) and isinstance(value, dict) and name != "source":
+            _merge(old, value)
+        else:
+            into[name] = value
+
+
+def _read(file: Path) -> str | None:
+    """Read a file that nobody else can write; None when there is none."""
+    try:
+        with open(file, "rb") as opened:
+            found = os.fstat(opened.fileno())
+            data = opened.read(LARGEST_FILE + 1)
+        folder = os.stat(file.parent)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from None
+    for path, status in ((file, found), (file.parent, folder)):
+        mine = status.st_uid in (0, os.geteuid())
+        loose = status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX
+        if not mine or loose:
+            command = f"chmod go-w {path}" if mine else f"chown {os.geteuid()} {path}"
+            raise ConfigError(f"{path}: others can write it", hint=f"type: {command}")
+    if len(data) > LARGEST_FILE:
+        raise ConfigError(f"{file}: larger than 1 MiB")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{file}:{line}: not UTF-8") from None
+
+
+def _toml_problem(error: Exception, text: str) -> str:
+    """Say what is wrong with the TOML, in its parser's words but without the file's text."""
+    said = str(error)
+    match = re.search(r"\(at (?:line (\d+), column (\d+)|end of document)\)", said)
+    problem = re.sub(r"'[^']*'|\"[^\"]*\"", "…", said.split(" (at ")[0]) if match else "not TOML"
+    line = match[1] if match and match[1] else str(text.count("\n") + 1)
+    return f"line {line}: {problem[:80]}"
+
+
+_HEADER = re.compile(r"\s*\[\[?([^\[\]#]+)\]\]?\s*(?:#.*)?$")
+_PART = re.compile(r"""\s*(?:"([^"\\]*)"|'([^']*)'|([A-Za-z0-9_-]+))\s*(\.|=|$)""")
+
+
+def key_lines(text: str) -> dict[tuple[str, ...], int]:
+    """
+    Return the line of each key of a valid TOML document, by path.
+
+    tomllib keeps no places. This finds keys that begin a line and table headers, which is all
+    that a person writes; a key inside an inline table is found at its parent's line.
+    """
+    lines: dict[tuple[str, ...], int] = {}
+    table: tuple[str, ...] = ()
+    inside: str | None = None  # the quotes of a multi-line string
+    for number, line in enumerate(text.splitlines(), 1):
+        if inside is not None:
+            if line.count(inside) % 2:
+                inside = None
+            continue
+        header = _HEADER.match(line)
+        if header is not None:
+            table = _parts(header[1] + "=")
+            lines.setdefault(table, number)
+        elif (parts := _parts(line)) and not line.lstrip().startswith("#"):
+            lines.setdefault((*table, *parts), number)
+        for quotes in ('"""', "'''"):
+            if line.count(quotes) % 2:
+                inside = quotes
+    return lines
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    """Read `a."b c".d =` as its parts; nothing when it is not a key."""
+    parts: list[str] = []
+    at = 0
+    while match := _PART.match(text, at):
+        parts.append(next(part for part in match.groups()[:3] if part is not None))
+        at = match.end()
+        if match[4] == "=":
+            return tuple(parts)
+        if match[4] != ".":
+            return ()
+    return ()
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema of the file, built from the tables that read it."""
+    base = _object(PROFILE)
+    sources = [
+        {
+            **(one := _object(fields)),
+            "properties": {"type": {"const": name}, **one["properties"]},
+            "required": ["type", *one.get("required", [])],
+        }
+        for name, fields in SOURCES.items()
+    ]
+    profile = {
+        **base,
+        "properties": {**base["properties"], "source": {"oneOf": sources}},
+        "required": ["source"],  # base_url may stand in [defaults]
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "keybroker configuration",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            **_object(GENERAL)["properties"],
+            "cache": _object(CACHE),
+            "defaults": {k: v for k, v in base.items() if k != "required"},
+            "profiles": {
+                "type": "object",
+                "propertyNames": {"pattern": f"^{NAME.pattern}$"},
+                "additionalProperties": profile,
+            },
+        },
+    }
+
+
+def _object(fields: Mapping[str, Field]) -> dict[str, Any]:
+    properties = {}
+    for name, one in fields.items():
+        properties[name] = {**one.kind.schema, "description": one.doc}
+        if isinstance(one.default, str | bool | int | float):
+            properties[name]["default"] = one.default
+        elif isinstance(one.default, timedelta):
+            properties[name]["default"] = show_duration(one.default)
+    required = [name for name, one in fields.items() if one.required]
+    table: dict[str, Any] = {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": properties,
+    }
+    return {**table, "required": required} if required else table

@@ -1,0 +1,193 @@
+"""The kinds of value that a configuration file holds: how each is read, shown and described.
+
+A kind reads one TOML value or raises ValueError with what was expected; the caller adds file,
+line and key. No message repeats the value: it may be a key that somebody pasted.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+from keybroker.credential import Reference
+
+UNITS = {
+    "ms": timedelta(milliseconds=1),
+    "s": timedelta(seconds=1),
+    "m": timedelta(minutes=1),
+    "h": timedelta(hours=1),
+    "d": timedelta(days=1),
+}
+REFERENCES = ("env", "file", "keyring", "command")
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How one kind of value is read, and its JSON Schema."""
+
+    read: Callable[[Any], Any]
+    schema: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One key of a table."""
+
+    kind: Kind
+    doc: str
+    default: Any = None
+    required: bool = False
+
+
+def read_duration(value: Any) -> timedelta:
+    """Read `90s`, `1.5h`, `250ms`: a number and one of ms, s, m, h, d."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)(ms|s|m|h|d)", value if _text(value) else "")
+    if match is None:
+        raise ValueError('expected a duration such as "90s", "15m" or "12h"')
+    length = float(match[1]) * UNITS[match[2]]
+    if not timedelta(0) < length <= timedelta(days=3650):
+        raise ValueError("expected a duration above zero and of at most ten years")
+    return length
+
+
+def show_duration(length: timedelta) -> str:
+    """Write a duration as the file has it, in the largest unit that divides it."""
+    for unit, one in reversed(UNITS.items()):
+        if length % one == timedelta(0):
+            return f"{length // one}{unit}"
+    return f"{length / UNITS['ms']:g}ms"
+
+
+def read_url(value: Any) -> str:
+    """Read an http or https address with a host; a user name or a password in it is refused."""
+    problem = 'expected an address such as "https://llm.example.com"'
+    if not _text(value) or any(not "!" <= c <= "~" for c in value):
+        raise ValueError(problem)
+    try:
+        parts = urlsplit(value)
+        port_is_valid = parts.port is None or parts.port > 0
+    except ValueError:
+        raise ValueError(problem) from None
+    if parts.scheme not in ("http", "https"):
+        raise ValueError(f"{problem}: it must begin with https:// or http://")
+    if not parts.hostname or not port_is_valid:
+        raise ValueError(problem)
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("an address must not hold a user name or a password")
+    if parts.query or parts.fragment:
+        raise ValueError("an address must not hold ? or #")
+    return str(value).rstrip("/")
+
+
+def read_reference(value: Any) -> Reference:
+    """Read where a secret is. Text is refused: it would be the secret itself."""
+    kinds = ", ".join(REFERENCES)
+    if not isinstance(value, dict):
+        raise ValueError(
+            f'expected a reference such as {{ keyring = "name" }} ({kinds}), never a key itself'
+        )
+    if len(value) != 1 or (kind := next(iter(value))) not in REFERENCES:
+        raise ValueError(f"expected exactly one of {kinds}")
+    found = value[kind]
+    if kind == "command":
+        return Reference(kind, read_command(found))
+    if not _text(found):
+        raise ValueError(f"expected text after {kind}")
+    return Reference(kind, found)
+
+
+def read_command(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or not all(_text(part) for part in value):
+        raise ValueError('expected a program and its arguments: ["prog", "argument"]')
+    return tuple(value)
+
+
+def read_text(value: Any) -> str:
+    if not _text(value):
+        raise ValueError("expected text")
+    return str(value)
+
+
+def read_boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("expected true or false")
+    return value
+
+
+def read_count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError("expected a whole number above zero")
+    return value
+
+
+def read_amount(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
+        raise ValueError("expected a number above zero")
+    return float(value)
+
+
+def read_texts(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(_text(part) for part in value):
+        raise ValueError('expected a list of texts: ["one", "two"]')
+    return tuple(value)
+
+
+def read_table(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(_text(part) for part in value.values()):
+        raise ValueError('expected a table of texts: { name = "value" }')
+    return dict(value)
+
+
+def read_headers(value: Any) -> dict[str, str]:
+    """Read extra headers. Those that carry a credential are refused: this file holds no secret."""
+    headers = read_table(value)
+    for name, text in headers.items():
+        if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
+            raise ValueError("a header's name has a character that HTTP does not allow")
+        if not text.isascii() or not text.isprintable():
+            raise ValueError(f"the value of header {name} is not printable ASCII")
+        if name.lower() in ("authorization", "x-api-key", "cookie", "proxy-authorization"):
+            raise ValueError(f"header {name} would carry a secret; the source sends it itself")
+    return headers
+
+
+def one_of(*words: str) -> Kind:
+    def read(value: Any) -> str:
+        if value not in words:
+            raise ValueError(f"expected one of {', '.join(words)}")
+        return str(value)
+
+    return Kind(read, {"type": "string", "enum": list(words)})
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str) and value != "" and "\x00" not in value
+
+
+TEXT = Kind(read_text, {"type": "string", "minLength": 1})
+TEXTS = Kind(read_texts, {"type": "array", "items": {"type": "string", "minLength": 1}})
+TABLE = Kind(read_table, {"type": "object", "additionalProperties": {"type": "string"}})
+HEADERS = Kind(read_headers, {"type": "object", "additionalProperties": {"type": "string"}})
+BOOLEAN = Kind(read_boolean, {"type": "boolean"})
+COUNT = Kind(read_count, {"type": "integer", "minimum": 1})
+AMOUNT = Kind(read_amount, {"type": "number", "exclusiveMinimum": 0})
+URL = Kind(read_url, {"type": "string", "pattern": "^https?://[^/?#@]+"})
+DURATION = Kind(read_duration, {"type": "string", "pattern": r"^\d+(\.\d+)?(ms|s|m|h|d)$"})
+COMMAND = Kind(read_command, {**TEXTS.schema, "minItems": 1})
+REFERENCE = Kind(
+    read_reference,
+    {
+        "type": "object",
+        "minProperties": 1,
+        "maxProperties": 1,
+        "additionalProperties": False,
+        "properties": {
+            "env": {"type": "string"},
+            "file": {"type": "string"},
+            "keyring": {"type": "string"},
+            "command": COMMAND.schema,
+        },
+    },
+)
