@@ -1,0 +1,67 @@
+"""Who was given what, and what became of it: chained JSON lines, on by default.
+
+{"n":12,"at":"2026-11-21T15:45:51.123456Z","event":"given","profile":"work",
+ "fingerprint":"3f9a1c02","uid":1000,"pid":4711,"program":"claude","prev":"9f1c…"}
+"""
+
+import os
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from keybroker.chain import Chain
+from keybroker.errors import JournalError
+from keybroker.journal import write_time
+from keybroker.paths import AUDIT, Disk
+
+LARGEST = 4 << 20
+KEPT = 3
+
+
+class Audit:
+    """The audit log of one state directory. A line that cannot be written costs nobody a key."""
+
+    def __init__(self, state: Path, disk: Disk | None = None) -> None:
+        self.path = state / AUDIT
+        self._disk = disk
+        self._chain = Chain(self.path, "audit", disk)
+
+    def write(self, at: datetime, event: str, profile: str, **facts: str | int) -> None:
+        """Add a line: what happened to which fingerprint, and who asked."""
+        values = {"at": write_time(at), "event": event, "profile": profile, **facts}
+        with suppress(JournalError, OSError):
+            self._rotate()
+            self._chain.append(values, sync=False)
+
+    def files(self) -> list[Path]:
+        """Return the files that exist, oldest first."""
+        older = [self.path.with_name(f"{AUDIT}.{n}") for n in range(KEPT, 0, -1)]
+        return [path for path in (*older, self.path) if path.exists()]
+
+    def read(self) -> list[dict[str, Any]]:
+        """
+        Return all lines, each file's chain checked.
+
+        Raises:
+            JournalError: A line was changed, removed or added by another hand.
+        """
+        return [line for path in self.files() for line in Chain(path, "audit", self._disk).read()]
+
+    def _rotate(self) -> None:
+        if not self.path.exists() or self.path.stat().st_size < LARGEST:
+            return
+        for number in range(KEPT, 1, -1):
+            newer = self.path.with_name(f"{AUDIT}.{number - 1}")
+            if newer.exists():
+                newer.replace(self.path.with_name(f"{AUDIT}.{number}"))
+        self.path.replace(self.path.with_name(f"{AUDIT}.1"))
+
+
+def asker() -> dict[str, str | int]:
+    """Return who runs this command: the parent that waits for its answer."""
+    pid = os.getppid()
+    program = "?"
+    with suppress(OSError):
+        program = Path(f"/proc/{pid}/comm").read_text("utf-8", "replace").strip()[:32]
+    return {"uid": os.getuid(), "pid": pid, "program": program}

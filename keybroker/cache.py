@@ -1,0 +1,215 @@
+"""How a credential is sealed on disk. May lose what it was given: the price is one more issue."""
+
+import binascii
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from keybroker.clock import Instant
+from keybroker.credential import Credential, Issuer, Secret, sha256
+from keybroker.errors import CacheError, CacheLocked, CacheUnreadable, ConfigError
+from keybroker.journal import (
+    decode_issuer,
+    decode_lease,
+    encode_issuer,
+    encode_lease,
+    read_time,
+    write_time,
+)
+from keybroker.paths import CACHE, WRAP_KEY, Disk, private_directory
+
+MAGIC = b"keybroker cache 1\n"
+CREDENTIAL = "keybroker-wrap-key"  # the name of the systemd credential
+
+
+@dataclass(frozen=True, slots=True)
+class WrapKey:
+    """What seals the cache, and where it came from, for `status`. No key: memory only."""
+
+    key: Secret | None
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """One profile's current credential, as it was when it was published."""
+
+    credential: Credential
+    label: str
+    issuer: Issuer
+    verified: str
+    anchor: Instant  # the clocks when it was published
+
+
+class Cache:
+    """The sealed files of one state directory, one a profile."""
+
+    def __init__(self, state: Path, wrap_key: Secret | None, disk: Disk | None = None) -> None:
+        self._directory = state / CACHE
+        self._key = wrap_key
+        self._disk = disk or Disk()
+
+    def save(self, profile: str, cached: Cached) -> None:
+        """
+        Seal a credential in place of the one before.
+
+        Raises:
+            CacheError: It could not be written.
+        """
+        if self._key is None:
+            return
+        nonce = os.urandom(12)
+        sealed = _cipher(self._key).encrypt(nonce, _encode(cached), _bound_to(profile))
+        try:
+            private_directory(self._directory)
+            self._disk.replace(self._file(profile), MAGIC + nonce + sealed)
+        except OSError as error:
+            raise CacheError(
+                f"cache: {self._file(profile)}: cannot be written ({error.strerror})"
+            ) from None
+
+    def load(self, profile: str) -> Cached | None:
+        """
+        Open a profile's file.
+
+        Raises:
+            CacheLocked: There is a file, but no key to open it with.
+            CacheUnreadable: It was not sealed with this key for this profile, or was damaged.
+        """
+        try:
+            data = self._disk.read(self._file(profile))
+        except OSError as error:
+            raise CacheUnreadable(
+                f"cache: {self._file(profile)}: cannot be read ({error.strerror})"
+            ) from None
+        if data is None:
+            return None
+        if self._key is None:
+            raise CacheLocked(f"cache: the key that opens {self._file(profile)} is not there")
+        from cryptography.exceptions import InvalidTag
+
+        nonce, sealed = data[len(MAGIC) : len(MAGIC) + 12], data[len(MAGIC) + 12 :]
+        try:
+            if not data.startswith(MAGIC):
+                raise ValueError
+            return _decode(_cipher(self._key).decrypt(nonce, sealed, _bound_to(profile)))
+        except (InvalidTag, ValueError, KeyError, TypeError):
+            raise CacheUnreadable(
+                f"cache: {self._file(profile)}: cannot be opened with this key"
+            ) from None
+
+    def forget(self, profile: str) -> None:
+        try:
+            self._disk.remove(self._file(profile))
+        except OSError as error:
+            raise CacheError(
+                f"cache: {self._file(profile)}: cannot be removed ({error.strerror})"
+            ) from None
+
+    def _file(self, profile: str) -> Path:
+        return self._directory / f"{profile}.sealed"
+
+
+def find_wrap_key(kind: str, state: Path, environment: Mapping[str, str]) -> WrapKey:
+    """
+    Return what seals the cache, by the configuration's `cache.key`.
+
+    A new key is made where the keyring or the key file has none yet.
+
+    Raises:
+        CacheError: The place that was asked for by name cannot be used.
+    """
+    if kind == "memory":
+        return WrapKey(None, "memory only, as configured")
+    if directory := environment.get("CREDENTIALS_DIRECTORY"):
+        found = Disk().read(Path(directory) / CREDENTIAL)
+        if found:
+            return WrapKey(Secret(sha256(b"keybroker wrap " + found)), "systemd credential")
+    if kind == "file":
+        return WrapKey(_from_file(private_directory(state) / WRAP_KEY), "key file")
+    try:
+        return WrapKey(_from_keyring(f"wrap-key {state.name}"), "OS keyring")
+    except CacheLocked as error:
+        if kind == "keyring":
+            raise
+        return WrapKey(None, f"memory only: {error.message}")
+
+
+def _from_keyring(name: str) -> Secret:
+    from keybroker import oskeyring
+
+    if (found := oskeyring.read(name)) is not None and _is_key(found):
+        return Secret(found)
+    made = _new_key()
+    oskeyring.write(name, made)
+    return Secret(made)
+
+
+def _from_file(path: Path) -> Secret:
+    disk = Disk()
+    try:
+        found = disk.read(path)
+        if found is None:
+            disk.replace(path, _new_key().encode())
+            found = disk.read(path) or b""
+        mode = os.lstat(path).st_mode
+    except OSError as error:
+        raise CacheError(f"cache: {path}: cannot be used ({error.strerror})") from None
+    if stat.S_IMODE(mode) & 0o077:
+        raise ConfigError(f"{path}: others can read it", hint=f"type: chmod 600 {path}")
+    text = found.decode("ascii", "replace").strip()
+    if not _is_key(text):
+        raise CacheUnreadable(f"cache: {path} holds no key", hint=f"type: rm {path}")
+    return Secret(text)
+
+
+def _new_key() -> str:
+    return os.urandom(32).hex()
+
+
+def _is_key(text: str) -> bool:
+    try:
+        return len(binascii.unhexlify(text)) == 32
+    except ValueError:
+        return False
+
+
+def _cipher(key: Secret):  # type: ignore[no-untyped-def]  # cryptography is imported late
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    return AESGCM(bytes.fromhex(key.reveal()))
+
+
+def _bound_to(profile: str) -> bytes:
+    return MAGIC + profile.encode()
+
+
+def _encode(cached: Cached) -> bytes:
+    return json.dumps(
+        {
+            "secret": cached.credential.secret.reveal(),
+            "lease": encode_lease(cached.credential.lease),
+            "label": cached.label,
+            "issuer": encode_issuer(cached.issuer),
+            "verified": cached.verified,
+            "wall": write_time(cached.anchor.wall),
+            "boot": cached.anchor.boot,
+            "boot_id": cached.anchor.boot_id,
+        }
+    ).encode()
+
+
+def _decode(data: bytes) -> Cached:
+    found = json.loads(data)
+    wall: datetime = read_time(found["wall"])
+    return Cached(
+        credential=Credential(Secret(found["secret"]), decode_lease(found["lease"])),
+        label=str(found["label"]),
+        issuer=decode_issuer(found["issuer"]),
+        verified=str(found["verified"]),
+        anchor=Instant(wall, float(found["boot"]), str(found["boot_id"])),
+    )
