@@ -1,0 +1,202 @@
+"""One HTTP call with a size, a deadline and no redirects; httpx's errors become ours.
+
+Proxy variables, SSL_CERT_FILE and the system's certificate store are honoured, and `ca` added.
+"""
+
+import json
+import ssl
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import truststore
+
+from keybroker import __version__
+from keybroker.errors import ConfigError, SourceInvalid, SourceUnavailable
+
+LARGEST_BODY = 4 << 20
+CONNECT_SECONDS = 4.0
+LONGEST_RETRY_AFTER = timedelta(hours=1)
+
+# What an exception of httpx says of the call: (in words, whether it may have been committed).
+# Only what fails before a request is sent cannot have been.
+PROBLEMS: dict[type[Exception], tuple[str, bool]] = {
+    httpx.ConnectTimeout: ("could not be reached in time", False),
+    httpx.ConnectError: ("could not be reached", False),
+    httpx.PoolTimeout: ("could not be reached in time", False),
+    httpx.UnsupportedProtocol: ("has an address of an unknown kind", False),
+    httpx.ProxyError: ("could not be reached through the proxy", False),
+    httpx.InvalidURL: ("has an address that is not valid", False),
+    httpx.LocalProtocolError: ("would need a request that HTTP does not allow", False),
+    httpx.ReadTimeout: ("did not answer in time", True),
+    httpx.WriteTimeout: ("did not take the request in time", True),
+    httpx.ReadError: ("ended the connection without an answer", True),
+    httpx.WriteError: ("ended the connection while it was asked", True),
+    httpx.CloseError: ("ended the connection badly", True),
+    httpx.RemoteProtocolError: ("answered with something that is not HTTP", True),
+    httpx.DecodingError: ("answered with something that cannot be unpacked", True),
+    httpx.TooManyRedirects: ("redirects without end", True),
+    httpx.HTTPError: ("failed", True),
+    httpx.StreamError: ("failed", True),
+    httpx.CookieConflict: ("failed", True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer, whole. `value` is what its JSON says, None where it is none."""
+
+    status: int
+    headers: Mapping[str, str]
+    value: Any
+    asked_at: datetime  # our clock, before the call
+
+    @property
+    def skew(self) -> timedelta:
+        """How far the server's clock is ahead of ours, by its Date header; zero when close."""
+        try:
+            theirs = parsedate_to_datetime(self.headers.get("date", ""))
+        except (ValueError, TypeError):
+            return timedelta(0)
+        if theirs.tzinfo is None:
+            return timedelta(0)
+        found = theirs - self.asked_at
+        # The header counts whole seconds and the call took its time: that is no skew.
+        return found if abs(found) > timedelta(seconds=30) else timedelta(0)
+
+    @property
+    def retry_after(self) -> timedelta | None:
+        """What the server wishes, given as seconds or as a date."""
+        text = self.headers.get("retry-after", "").strip()
+        try:
+            if text.isascii() and text.isdigit():
+                wish = timedelta(seconds=int(text[:9]))
+            else:
+                until = parsedate_to_datetime(text)
+                wish = until - (self.asked_at + self.skew)
+        except (ValueError, TypeError, OverflowError):
+            return None
+        return min(max(wish, timedelta(0)), LONGEST_RETRY_AFTER)
+
+
+class Http:
+    """Calls to one host for one speaker, whose name begins every message."""
+
+    def __init__(
+        self,
+        speaker: str,
+        url: str,
+        *,
+        ca: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        seconds: float = 8.0,
+    ) -> None:
+        self.speaker = speaker
+        self.url = url
+        self.host = urlsplit(url).netloc
+        self.seconds = seconds
+        self._until: float | None = None
+        self._headers = {"user-agent": f"keybroker/{__version__}", **(headers or {})}
+        self._ca = ca
+        self._client: httpx.Client | None = None
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: Mapping[str, Any] | None = None,
+    ) -> Reply:
+        """
+        Send one request, once.
+
+        Raises:
+            SourceUnavailable: No whole answer; `unknown` unless it was never sent.
+            SourceInvalid: A redirect, which is never followed, or an endless body.
+            ConfigError: The `ca` file cannot be used.
+        """
+        asked_at = datetime.now(UTC)
+        deadline = time.monotonic() + self.seconds
+        if self._until is not None:
+            deadline = min(deadline, self._until)
+        seconds = max(0.05, deadline - time.monotonic())
+        timeout = httpx.Timeout(seconds, connect=min(CONNECT_SECONDS, seconds))
+        try:
+            with self._opened().stream(
+                method,
+                f"{self.url}{path}",
+                params=query,
+                headers=headers,
+                json=body,
+                timeout=timeout,
+            ) as response:
+                data = self._body(response, deadline)
+        except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL) as error:
+            raise self._problem(error) from None
+        if 300 <= response.status_code < 400:
+            raise SourceInvalid(
+                f"{self.speaker}: {self.host} answers {response.status_code}, a redirect; "
+                "credentials do not follow it",
+                hint="use the address that it redirects to",
+            )
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError):
+            value = None
+        return Reply(response.status_code, response.headers, value, asked_at)
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    def fresh(self) -> None:
+        """Let the next calls open a new connection, and take no longer than one call together."""
+        self.close()
+        self._until = time.monotonic() + self.seconds
+
+    def _opened(self) -> httpx.Client:
+        if self._client is None:
+            context = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            if self._ca is not None:
+                try:
+                    context.load_verify_locations(cafile=self._ca)
+                except (OSError, ssl.SSLError):
+                    raise ConfigError(f"ca: {self._ca}: is not a readable PEM file") from None
+            self._client = httpx.Client(
+                verify=context, follow_redirects=False, headers=self._headers
+            )
+        return self._client
+
+    def _body(self, response: httpx.Response, deadline: float) -> bytes:
+        data = b""
+        for piece in response.iter_bytes():
+            data += piece
+            if len(data) > LARGEST_BODY:
+                raise SourceInvalid(
+                    f"{self.speaker}: {self.host} sent more than 4 MiB", unknown=True
+                )
+            if time.monotonic() > deadline:
+                raise httpx.ReadTimeout("")
+        return data
+
+    def _problem(self, error: Exception) -> SourceUnavailable:
+        known = next((k for k in type(error).__mro__ if k in PROBLEMS), httpx.HTTPError)
+        words, committed = PROBLEMS[known]
+        hint = None
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                words = "has a certificate that is not trusted here"
+                hint = 'name its authority: ca = "/path/to/authority.pem"'
+            cause = cause.__cause__ or cause.__context__
+        return SourceUnavailable(
+            f"{self.speaker}: {self.host} {words}", hint=hint, unknown=committed
+        )

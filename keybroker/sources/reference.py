@@ -1,0 +1,79 @@
+"""Read a secret from where a reference says it is."""
+
+import os
+import stat
+from collections.abc import Mapping
+
+from keybroker.credential import Reference, Secret
+from keybroker.errors import ConfigError, KeybrokerError, SourceDenied, SourceUnavailable
+
+LARGEST_FILE = 1 << 16
+
+
+def resolve(reference: Reference, environment: Mapping[str, str]) -> Secret:
+    """
+    Return the secret.
+
+    Raises:
+        ConfigError: The variable is not set, the file is not there or others can read it.
+        SourceDenied: The keyring has no such entry.
+        SourceUnavailable: The keyring is locked, the command failed: try again.
+    """
+    kind, value = reference.kind, reference.value
+    try:
+        if kind == "command" and isinstance(value, tuple):
+            return Secret(_run(value, environment))
+        name = str(value)
+        if kind == "env":
+            return Secret(_variable(name, environment))
+        if kind == "file":
+            return Secret(_file(name, environment))
+        return Secret(_keyring(name))
+    except ValueError as error:
+        raise ConfigError(f"reference {reference}: what it names is {error}") from None
+
+
+def _variable(name: str, environment: Mapping[str, str]) -> str:
+    if name not in environment:
+        raise ConfigError(f"reference env:{name}: the variable is not set", hint=f"set {name}")
+    return environment[name].strip()
+
+
+def _file(name: str, environment: Mapping[str, str]) -> str:
+    path = os.path.expanduser(name) if name.startswith("~/") else name
+    try:
+        with open(path, "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            data = file.read(LARGEST_FILE)
+    except OSError as error:
+        raise ConfigError(
+            f"reference file:{name}: cannot be read ({error.strerror})", hint=f"see {name}"
+        ) from None
+    if stat.S_ISREG(mode) and mode & 0o077:
+        raise ConfigError(
+            f"reference file:{name}: others can read it", hint=f"type: chmod 600 {name}"
+        )
+    return data.decode("utf-8", "replace").strip()
+
+
+def _keyring(name: str) -> str:
+    from keybroker import oskeyring
+
+    try:
+        found = oskeyring.read(name)
+    except KeybrokerError as error:
+        raise SourceUnavailable(
+            f"reference keyring:{name}: {error.message.removeprefix('keyring: ')}", hint=error.hint
+        ) from None
+    if found is None:
+        raise SourceDenied(
+            f"reference keyring:{name}: the keyring has no such entry",
+            hint=f"store it: service keybroker, user name {name}; see docs/references.md",
+        )
+    return found.strip()
+
+
+def _run(command: tuple[str, ...], environment: Mapping[str, str]) -> str:
+    from keybroker.sources.command import run
+
+    return run(command, environment, seconds=8.0).decode("utf-8", "replace").strip()
