@@ -1,0 +1,379 @@
+"""A short-lived process that does what blocks: network, disk, keyring. JSON lines in and out.
+
+    {"id":1,"op":"issue","profile":{"name":"work",…},"label":"kb-…"}
+    {"id":1,"ok":{"credential":{"secret":"sk-…","lease":{…}}},"records":[{"event":"wanted",…},…]}
+    {"id":2,"error":{"code":"unavailable","message":"…","unknown":true},"records":[…]}
+
+It appends `wanted` to the journal and syncs, makes the call, appends `have` and syncs, then
+answers. It holds the owner lock that it inherited, so that nobody else mints while it may.
+"""
+
+import json
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from keybroker import sources
+from keybroker.audit import Audit
+from keybroker.cache import Cache, Cached, find_wrap_key
+from keybroker.clock import Clock
+from keybroker.config import Profile, Where, read_profile
+from keybroker.credential import Credential, Issuer, Lease, Secret
+from keybroker.errors import JournalError, KeybrokerError, SourceError
+from keybroker.journal import (
+    Journal,
+    decode_issuer,
+    decode_lease,
+    encode,
+    encode_lease,
+    read_time,
+)
+from keybroker.paths import Disk
+from keybroker.rotation import Kind
+from keybroker.slots import Event, Record
+
+T = TypeVar("T")
+IDLE_SECONDS = 5.0
+LONGEST_LINE = 1 << 20
+# Everything that a worker does to the world, in the words of the crash tests.
+EFFECTS = (
+    "wanted",
+    "issue",
+    "have",
+    "verify",
+    "seal",
+    "swap",
+    "retired",
+    "find",
+    "looked",
+    "revoke",
+    "gone",
+    "forget",
+    "answer",
+)
+
+
+def perform(effect: str, call: Callable[[], T]) -> T:
+    """Do one effect. All of them pass through here, so that a test can end us on either side."""
+    assert effect in EFFECTS
+    return call()
+
+
+@dataclass(slots=True)
+class Operations:
+    """What a worker can do, each with the records that it wrote on the way."""
+
+    state: Path
+    environment: Mapping[str, str]
+    clock: Clock = field(default_factory=Clock)
+    disk: Disk = field(default_factory=Disk)
+    build: Callable[[Profile, Mapping[str, str]], sources.Source] = sources.build
+    revoker: Callable[[Issuer, Mapping[str, str]], sources.Source] = sources.revoker
+    records: list[Record] = field(default_factory=list)
+    _opened: dict[str, sources.Source] = field(default_factory=dict)
+
+    def issue(self, profile: Profile, label: str) -> dict[str, Any]:
+        """Mint a key: label first, key second, lease third, each synced before the next."""
+        source = self._source(profile)
+        policy = profile.policy
+        wanted = Record(
+            self._now(),
+            Event.WANTED,
+            profile.name,
+            label,
+            issuer=profile.issuer,
+            lifetime=policy.lifetime,
+            hold=policy.hold,
+        )
+        self._write("wanted", wanted)
+        try:
+            credential = perform("issue", lambda: source.issue(label))
+        except KeybrokerError as error:
+            if not getattr(error, "unknown", False):  # nothing can have been committed
+                gone = Record(self._now(), Event.GONE, profile.name, label, why="refused")
+                self._write("gone", gone)
+            raise
+        have = Record(
+            self._now(),
+            Event.HAVE,
+            profile.name,
+            label,
+            lease=credential.lease,
+            fingerprint=credential.secret.fingerprint,
+        )
+        try:
+            self._write("have", have)
+        except JournalError:
+            source.revoke(credential.lease)  # we could not promise to do it later
+            raise
+        sources.check_hand_out(credential.secret, profile)
+        self._audit("minted", profile.name, credential.secret.fingerprint, label=label)
+        return {"credential": encode_credential(credential)}
+
+    def poll(self, profile: Profile) -> dict[str, Any]:
+        """Read a followed source."""
+        credential = self._source(profile).issue("")
+        sources.check_hand_out(credential.secret, profile)
+        return {"credential": encode_credential(credential)}
+
+    def verify(self, profile: Profile, secret: Secret) -> dict[str, Any]:
+        verdict = perform("verify", lambda: self._source(profile).verify(secret))
+        self._audit(
+            "verified",
+            profile.name,
+            secret.fingerprint,
+            look=verdict.look.value,
+            method=verdict.method,
+            reason=verdict.reason,
+        )
+        return {"look": verdict.look.value, "method": verdict.method, "reason": verdict.reason}
+
+    def publish(
+        self,
+        profile: Profile,
+        label: str,
+        credential: Credential,
+        verified: str,
+        wrap_key: Secret | None,
+        hold: timedelta | None,
+    ) -> dict[str, Any]:
+        """Seal the new key, then say that it is current. Only then may the old one's clock run."""
+        cached = Cached(credential, label, profile.issuer, verified, self.clock.read())
+        cache = Cache(self.state, wrap_key, self.disk)
+        perform("seal", lambda: cache.save(profile.name, cached))
+        if profile.kind is Kind.MINTED:
+            now = self._now()
+            ends = now + hold if hold is not None else None  # of the one that it replaces
+            swap = Record(now, Event.SWAP, profile.name, label, why=verified, revoke_at=ends)
+            self._write("swap", swap)
+        self._audit("published", profile.name, credential.secret.fingerprint, verified=verified)
+        return {}
+
+    def retire(self, profile: str, label: str, revoke_at: datetime, why: str) -> dict[str, Any]:
+        record = Record(self._now(), Event.RETIRED, profile, label, revoke_at=revoke_at, why=why)
+        self._write("retired", record)
+        self._audit("retired", profile, "", label=label, why=why)
+        return {}
+
+    def revoke(self, profile: str, label: str, issuer: Issuer, lease: Lease) -> dict[str, Any]:
+        """End a key where it was minted, whatever the configuration says now."""
+        source = self._revoker(issuer)
+        perform("revoke", lambda: source.revoke(lease))
+        self._gone(profile, label, "revoked")
+        return {}
+
+    def settle(self, profile: str, label: str, issuer: Issuer, last: bool) -> dict[str, Any]:
+        """Look up what an interrupted issue left behind, and revoke it: its secret is lost."""
+        source = self._revoker(issuer)
+        found = perform("find", lambda: source.find(label))
+        for lease in found:
+            perform("revoke", lambda lease=lease: source.revoke(lease))  # type: ignore[misc]
+        if found:
+            self._gone(profile, label, "found after a crash or a time-out, and revoked")
+        elif last:
+            self._gone(profile, label, "never came to be")
+        else:
+            self._write("looked", Record(self._now(), Event.LOOKED, profile, label))
+        return {"found": len(found)}
+
+    def sweep(self, profile: Profile, prefix: str) -> dict[str, Any]:
+        found = self._source(profile).sweep(prefix)
+        return {"found": [{"label": label, "lease": encode_lease(at)} for label, at in found]}
+
+    def end(self, profile: Profile, label: str, lease: Lease) -> dict[str, Any]:
+        """Revoke what no journal knows."""
+        source = self._source(profile)
+        perform("revoke", lambda: source.revoke(lease))
+        self._audit("revoked", profile.name, "", label=label, why="swept")
+        return {}
+
+    def find(self, profile: Profile, label: str) -> dict[str, Any]:
+        found = perform("find", lambda: self._source(profile).find(label))
+        return {"found": [encode_lease(lease) for lease in found]}
+
+    def unlock(self, kind: str) -> dict[str, Any]:
+        """Fetch what seals the cache."""
+        found = find_wrap_key(kind, self.state, self.environment)
+        return {"key": found.key.reveal() if found.key else None, "origin": found.origin}
+
+    def load(self, profile: str, wrap_key: Secret | None) -> dict[str, Any]:
+        """Open a profile's sealed credential."""
+        cached = Cache(self.state, wrap_key, self.disk).load(profile)
+        if cached is None:
+            return {"cached": None}
+        issuer = encode(Record(cached.anchor.wall, Event.WANTED, "", "", issuer=cached.issuer))
+        return {
+            "cached": {
+                "credential": encode_credential(cached.credential),
+                "label": cached.label,
+                "issuer": issuer["issuer"],
+                "verified": cached.verified,
+                "wall": cached.anchor.wall.isoformat(),
+                "boot": cached.anchor.boot,
+                "boot_id": cached.anchor.boot_id,
+            }
+        }
+
+    def forget(self, profile: str) -> dict[str, Any]:
+        perform("forget", lambda: Cache(self.state, None, self.disk).forget(profile))
+        return {}
+
+    def close(self) -> None:
+        for source in self._opened.values():
+            source.close()
+        self._opened.clear()
+
+    def _gone(self, profile: str, label: str, why: str) -> None:
+        self._write("gone", Record(self._now(), Event.GONE, profile, label, why=why))
+        self._audit("revoked", profile, "", label=label, why=why)
+
+    def _write(self, effect: str, record: Record) -> None:
+        perform(effect, lambda: Journal(self.state, self.disk).write(record))
+        self.records.append(record)
+
+    def _audit(self, event: str, profile: str, fingerprint: str, **facts: str) -> None:
+        if fingerprint:
+            facts = {"fingerprint": fingerprint, **facts}
+        Audit(self.state, self.disk).write(self._now(), event, profile, **facts)
+
+    def _source(self, profile: Profile) -> sources.Source:
+        key = json.dumps([profile.name, profile.raw], sort_keys=True)
+        if key not in self._opened:
+            self._opened[key] = self.build(profile, self.environment)
+        return self._opened[key]
+
+    def _revoker(self, issuer: Issuer) -> sources.Source:
+        key = repr(issuer)
+        if key not in self._opened:
+            self._opened[key] = self.revoker(issuer, self.environment)
+        return self._opened[key]
+
+    def _now(self) -> datetime:
+        return self.clock.read().wall
+
+
+def answer(operations: Operations, message: Mapping[str, Any]) -> dict[str, Any]:
+    """Do what a message asks; the answer has the records that were written either way."""
+    operations.records = []
+    reply: dict[str, Any] = {"id": message.get("id")}
+    try:
+        method = getattr(operations, str(message["op"]))
+        reply["ok"] = method(**_arguments(message))
+    except KeybrokerError as error:
+        reply["error"] = encode_error(error)
+    except Exception as error:  # its text may hold a secret; its type does not
+        problem = KeybrokerError(
+            f"worker: failed with {type(error).__name__} in {message.get('op')}"
+        )
+        reply["error"] = {**encode_error(problem), "unknown": True}
+    reply["records"] = [encode(record) for record in operations.records]
+    return reply
+
+
+def _arguments(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a message's values by their names: the same name is the same kind everywhere."""
+    read: dict[str, Callable[[Any], Any]] = {
+        "profile": lambda v: v if isinstance(v, str) else decode_profile(v),
+        "issuer": decode_issuer,
+        "lease": decode_lease,
+        "credential": decode_credential,
+        "secret": Secret,
+        "wrap_key": lambda v: None if v is None else Secret(v),
+        "hold": lambda v: None if v is None else timedelta(seconds=v),
+        "revoke_at": read_time,
+    }
+    rest = {name: value for name, value in message.items() if name not in ("id", "op", "seconds")}
+    return {name: read[name](value) if name in read else value for name, value in rest.items()}
+
+
+def encode_profile(profile: Profile) -> dict[str, Any]:
+    return {"name": profile.name, "raw": profile.raw}
+
+
+def decode_profile(found: Mapping[str, Any]) -> Profile:
+    return read_profile(found["name"], found["raw"], Where({}, "config"))
+
+
+def encode_credential(credential: Credential) -> dict[str, Any]:
+    return {"secret": credential.secret.reveal(), "lease": encode_lease(credential.lease)}
+
+
+def decode_credential(found: Mapping[str, Any]) -> Credential:
+    return Credential(Secret(found["secret"]), decode_lease(found["lease"]))
+
+
+def encode_error(error: KeybrokerError) -> dict[str, Any]:
+    values: dict[str, Any] = {"code": error.code, "message": error.message, "hint": error.hint}
+    if isinstance(error, SourceError):
+        values["unknown"] = error.unknown
+        if error.retry_after is not None:
+            values["retry_after_s"] = error.retry_after.total_seconds()
+    return values
+
+
+def main() -> None:
+    """Serve the process that started us until it closes our stdin or lets us idle."""
+    sys.excepthook = lambda kind, _value, _trace: sys.stderr.write(
+        f"keybroker: worker: {kind.__name__}\n"
+    )
+    parent, state = int(sys.argv[1]), Path(sys.argv[2])
+    os.umask(0o077)
+    _bind_to_parent(parent)
+    operations = Operations(state, dict(os.environ))
+    with open(0, "rb", buffering=0, closefd=False) as requests:
+        serve(requests.fileno(), operations)
+
+
+def serve(descriptor: int, operations: Operations) -> None:
+    """Answer one line after the other, each under a hard timer that ends the process."""
+    waiting = b""
+    while True:
+        line, newline, rest = waiting.partition(b"\n")
+        if not newline:
+            if (
+                len(waiting) > LONGEST_LINE
+                or not select.select([descriptor], [], [], IDLE_SECONDS)[0]
+            ):
+                break
+            piece = os.read(descriptor, 1 << 16)
+            if not piece:
+                break
+            waiting += piece
+            continue
+        waiting = rest
+        message = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, float(message.get("seconds", 30)))
+        reply = json.dumps(answer(operations, message)).encode() + b"\n"
+        perform("answer", lambda reply=reply: _send(reply))  # type: ignore[misc]
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    operations.close()
+
+
+def _send(data: bytes) -> None:
+    while data:
+        data = data[os.write(1, data) :]
+
+
+def _bind_to_parent(parent: int) -> None:
+    """Die with the parent, leave no core, be closed to debuggers (Linux)."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        import ctypes
+
+        libc = ctypes.CDLL(None)
+        libc.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
+        libc.prctl(1, int(signal.SIGKILL), 0, 0, 0)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it died before we asked
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
