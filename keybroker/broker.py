@@ -1,0 +1,555 @@
+"""One current credential per profile: asks the rule, has its answer done, takes in what came back.
+
+The broker does nothing itself. It sends requests to workers and applies the records they wrote
+with the same `fold` that replays the journal.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from typing import Any, Protocol
+
+from keybroker import rotation
+from keybroker.clock import Clock, Instant, Reading, judge
+from keybroker.config import Profile
+from keybroker.credential import Credential, Issuer, Lease, Look, Secret, Verdict
+from keybroker.errors import (
+    CLASSES,
+    KeybrokerError,
+    NobodyAnswers,
+    NotReady,
+    SourceDenied,
+    SourceError,
+    SourceInvalid,
+)
+from keybroker.journal import decode_issuer, decode_lease
+from keybroker.pool import Answer
+from keybroker.rotation import Kind, Policy
+from keybroker.slots import Event, Key, Record, Slots, Trouble, fold, replay
+
+EXTRA_SECONDS = 4.0  # a worker's hard timer beyond its calls' own deadlines
+
+
+class Workers(Protocol):
+    """What the broker needs of a pool."""
+
+    def send(self, kind: str, op: str, seconds: float, /, **values: Any) -> int: ...
+    def receive(self, seconds: float) -> list[Answer]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """What the cache had for a profile: a credential and the clocks when it was published."""
+
+    credential: Credential
+    label: str
+    issuer: Issuer
+    verified: str
+    anchor: Instant
+
+    @classmethod
+    def read(cls, found: Mapping[str, Any] | None) -> "Sealed | None":
+        """Take a worker's answer to `load`."""
+        if found is None:
+            return None
+        credential = found["credential"]
+        return cls(
+            Credential(Secret(credential["secret"]), decode_lease(credential["lease"])),
+            found["label"],
+            decode_issuer(found["issuer"]),
+            found["verified"],
+            Instant(datetime.fromisoformat(found["wall"]), found["boot"], found["boot_id"]),
+        )
+
+
+@dataclass(slots=True)
+class _Profile:
+    """A profile at work. Without `profile` it is one that the configuration has no more."""
+
+    name: str
+    profile: Profile | None
+    policy: Policy
+    slots: Slots
+    secrets: dict[str, Credential] = field(default_factory=dict)  # by label
+    anchor: Instant | None = None
+    doubt: bool = False  # the clocks disagree: verify the current key before it is printed
+    busy: "tuple[int, rotation.Step, str] | None" = None  # request, step, label
+
+
+class Broker:
+    """
+    All profiles of one process that holds the owner lock.
+
+    Args:
+        profiles: As configured.
+        records: The journal, replayed.
+        sealed: What the cache had, by profile.
+        wrap_key: What seals the cache; None keeps keys in memory only.
+        keeps: Minted keys may be kept in memory alone, as a resident process does.
+        mints: New keys may be asked for; without, only what is left over is cleared away.
+        reread: Reads the journal again, after a worker died.
+    """
+
+    def __init__(
+        self,
+        profiles: Iterable[Profile],
+        records: Iterable[Record],
+        sealed: Mapping[str, Sealed],
+        workers: Workers,
+        *,
+        instance: str,
+        wrap_key: Secret | None,
+        keeps: bool = False,
+        mints: bool = True,
+        clock: Clock | None = None,
+        roll: Callable[[], float] = random.random,
+        reread: Callable[[], Iterable[Record]],
+    ) -> None:
+        self._clock = clock or Clock()
+        self._workers = workers
+        self._instance = instance
+        self._wrap_key = wrap_key
+        self._keeps = keeps
+        self._mints = mints
+        self._roll = roll
+        self._reread = reread
+        self._profiles: dict[str, _Profile] = {}
+        known = list(records)
+        self._newest = known[-1].at if known else None
+        slots = replay(known)
+        for profile in profiles:
+            at_work = _Profile(
+                profile.name, profile, profile.policy, slots.pop(profile.name, Slots())
+            )
+            self._profiles[profile.name] = at_work
+            self._adopt(at_work, sealed.get(profile.name))
+        for name, left in slots.items():  # no longer configured, but not forgotten
+            first = next((one.issuer for one in left.all), None)
+            if first is not None:
+                hold = max((k.hold for k in left.keys), default=timedelta())
+                policy = Policy(Kind.MINTED, first, hold)
+                self._profiles[name] = _Profile(name, None, policy, left)
+
+    def now(self, name: str | None = None) -> datetime:
+        """Return the time to reckon with: for a profile, the later of its clocks."""
+        instant = self._clock.read()
+        anchor = self._profiles[name].anchor if name is not None else None
+        return judge(anchor, instant).now if anchor is not None else instant.wall
+
+    def slots(self, name: str) -> Slots:
+        return self._profiles[name].slots
+
+    def names(self) -> list[str]:
+        return list(self._profiles)
+
+    def hurry(self, name: str) -> None:
+        """Ask for a new key at once."""
+        at_work = self._profiles[name]
+        at_work.slots = rotation.hurried(at_work.slots)
+
+    def credential(self, name: str) -> Credential | None:
+        """Return what may be handed out now, however old."""
+        at_work = self._profiles[name]
+        current = at_work.slots.current
+        if at_work.doubt or not rotation.usable(current, at_work.policy, self.now(name)):
+            return None
+        return at_work.secrets.get(current.label) if current is not None else None
+
+    def settled(self, name: str) -> bool:
+        """Say whether an answer is there, and nothing is under way that would make a better one."""
+        at_work = self._profiles[name]
+        step = self._step(at_work) if at_work.busy is None else at_work.busy[1]
+        idle = isinstance(step, rotation.Wait | rotation.Revoke)
+        return idle and self.credential(name) is not None
+
+    def why_not(self, name: str) -> KeybrokerError:
+        """Return what to tell somebody who asked for a key and gets none."""
+        at_work = self._profiles[name]
+        if at_work.profile is None:
+            return NotReady(f"{name}: is not configured any more")
+        if self._cannot_keep(at_work):
+            return NobodyAnswers(
+                f"{name}: nothing here can keep a minted key (no unlocked keyring)",
+                hint='unlock the keyring, or set cache.key = "file"; see docs/cache.md',
+            )
+        if at_work.doubt:
+            return NotReady(
+                f"{name}: the clock was set back and the gateway could not confirm the key",
+                hint="check the date, then try again",
+            )
+        slots = at_work.slots
+        if slots.trouble is not None:
+            kind = CLASSES.get(slots.trouble.code, NotReady)
+            return kind(f"{name}: {slots.trouble.message}", hint=slots.trouble.hint or None)
+        if rotation.live(slots, at_work.policy) >= at_work.policy.max_live:
+            return NotReady(
+                f"{name}: {at_work.policy.max_live} keys are unrevoked, the most allowed",
+                hint=f"keybroker revoke {name}",
+            )
+        return NotReady(f"{name}: no key yet", hint="try again, or see keybroker status")
+
+    def turn(self) -> datetime | None:
+        """Start what is due for every profile that is not busy; return when to come back."""
+        wake: list[datetime] = []
+        for at_work in self._profiles.values():
+            if at_work.busy is not None:
+                continue
+            step = self._step(at_work)
+            if isinstance(step, rotation.Wait):
+                if step.until is not None:
+                    wake.append(step.until)
+            else:
+                self._start(at_work, step)
+        return min(wake, default=None)
+
+    @property
+    def busy(self) -> bool:
+        return any(at_work.busy is not None for at_work in self._profiles.values())
+
+    def take(self, answers: Iterable[Answer]) -> None:
+        """Take in what workers answered."""
+        for answer in answers:
+            for at_work in self._profiles.values():
+                if at_work.busy is not None and at_work.busy[0] == answer.id:
+                    _, step, label = at_work.busy
+                    at_work.busy = None
+                    self._apply(at_work, answer)
+                    self._finish(at_work, step, label, answer)
+
+    def retire(self, name: str, why: str, *, now: bool = False) -> None:
+        """Give up the current key of a profile; with `now`, revoke all its keys without a hold."""
+        at_work = self._profiles[name]
+        moment = self._clock.read().wall
+        for key in at_work.slots.keys:
+            if key.revoke_at is None or (now and key.revoke_at > moment):
+                at = moment if now else moment + key.hold
+                self._call(at_work, "retire", name, label=key.label, revoke_at=at, why=why)
+        self._clean(at_work)
+
+    # deciding
+
+    def _step(self, at_work: _Profile) -> rotation.Step:
+        slots, policy = at_work.slots, at_work.policy
+        now = self.now(at_work.name)
+        put_off: list[datetime] = []
+        # A key whose secret is nowhere cannot be handed out: its readers get their hold.
+        for key in (slots.next, slots.current):
+            if key is not None and key.label not in at_work.secrets:
+                if key.not_before is None or key.not_before <= now:
+                    return rotation.Retire(key.label, _why_lost(at_work))
+                put_off.append(key.not_before)
+                slots = replace(slots, current=None) if key is slots.current else slots
+        if at_work.doubt and slots.current is not None:
+            later = slots.current.not_before
+            if later is None or later <= now:
+                return rotation.Verify(slots.current.label)
+            put_off.append(later)
+        may_issue = self._mints and at_work.profile is not None and not self._cannot_keep(at_work)
+        step = rotation.next_step(slots, policy, now)
+        if isinstance(step, rotation.Issue) and not may_issue:
+            step = rotation.next_step(slots, replace(policy, max_live=0), now)
+        if isinstance(step, rotation.Wait):
+            return rotation.Wait(
+                min([*put_off, *([step.until] if step.until else [])], default=None)
+            )
+        return step
+
+    def _cannot_keep(self, at_work: _Profile) -> bool:
+        return self._wrap_key is None and not self._keeps and at_work.policy.kind is Kind.MINTED
+
+    def _adopt(self, at_work: _Profile, sealed: Sealed | None) -> None:
+        """
+        Take over what the cache had, if the journal agrees that it is ours and alive.
+
+        A sealed key was verified. One that the journal has as minted but not yet as current was
+        interrupted between the two: it is current now. One that is retired or gone is not.
+        """
+        if sealed is None:
+            return
+        slots = at_work.slots
+        if at_work.policy.kind is Kind.FOLLOWED:
+            key = _followed(sealed.label, sealed.credential, sealed.issuer, at_work.policy)
+            slots = replace(
+                slots,
+                current=replace(key, verified=sealed.verified),
+                polled_at=sealed.credential.lease.issued_at,
+            )
+        else:
+            known = slots.key(sealed.label)
+            if known is None or known.revoke_at is not None or known.issuer != sealed.issuer:
+                return
+            if known is slots.next:
+                verified = Verdict(Look.ALIVE, sealed.verified)
+                slots = replace(slots, next=replace(known, verdict=verified))
+        at_work.slots = slots
+        at_work.secrets[sealed.label] = sealed.credential
+        at_work.anchor = sealed.anchor
+        reading = judge(sealed.anchor, self._clock.read())
+        at_work.doubt = reading.doubtful or self._before_last_record(reading)
+
+    def _before_last_record(self, reading: Reading) -> bool:
+        return self._newest is not None and reading.now < self._newest
+
+    # doing
+
+    def _start(self, at_work: _Profile, step: rotation.Step) -> None:
+        slots, profile = at_work.slots, at_work.profile
+        calls = at_work.policy.timeout.total_seconds()
+        if isinstance(step, rotation.Settle):
+            found = next(o for o in slots.open if o.label == step.label)
+            self._send(
+                at_work,
+                step,
+                step.label,
+                "settle",
+                3 * calls,
+                profile=at_work.name,
+                label=step.label,
+                issuer=found.issuer,
+                last=step.last,
+            )
+            return
+        if isinstance(step, rotation.Revoke):
+            key = _known(slots, step.label)
+            self._send(
+                at_work,
+                step,
+                step.label,
+                "revoke",
+                calls,
+                profile=at_work.name,
+                label=step.label,
+                issuer=key.issuer,
+                lease=key.lease,
+            )
+            return
+        if isinstance(step, rotation.Retire):
+            self._retire(at_work, step)
+            return
+        assert profile is not None
+        if isinstance(step, rotation.Issue):
+            label = new_label(self._instance, profile.name, self._clock.read().wall)
+            self._send(at_work, step, label, "issue", 2 * calls, profile=profile, label=label)
+        elif isinstance(step, rotation.Poll):
+            self._send(at_work, step, "", "poll", calls, profile=profile)
+        elif isinstance(step, rotation.Verify):
+            secret = at_work.secrets[step.label].secret
+            self._send(
+                at_work, step, step.label, "verify", 2 * calls, profile=profile, secret=secret
+            )
+        elif isinstance(step, rotation.Publish):
+            verdict = _known(slots, step.label).verdict
+            verified = "untried" if verdict is None else verdict.method
+            if verdict is not None and verdict.look is not Look.ALIVE:
+                verified = verdict.look.value
+            self._send(
+                at_work,
+                step,
+                step.label,
+                "publish",
+                calls,
+                profile=profile,
+                label=step.label,
+                credential=at_work.secrets[step.label],
+                verified=verified,
+                wrap_key=self._wrap_key,
+                hold=_hold_of_current(at_work),
+            )
+
+    def _retire(self, at_work: _Profile, step: rotation.Retire) -> None:
+        """Retire a key: at once if nobody was given it, else after its hold."""
+        key = _known(at_work.slots, step.label)
+        if at_work.policy.kind is Kind.FOLLOWED:
+            at_work.slots = fold(
+                at_work.slots,
+                Record(self.now(), Event.GONE, at_work.name, step.label, why=step.why),
+            )
+            self._fail(at_work, SourceInvalid(f"{key.lease.source}: the key is {step.why}"))
+            return
+        handed_out = key is at_work.slots.current
+        now = self._clock.read().wall
+        revoke_at = now + key.hold if handed_out else now
+        self._send(
+            at_work,
+            step,
+            step.label,
+            "retire",
+            at_work.policy.timeout.total_seconds(),
+            profile=at_work.name,
+            label=step.label,
+            revoke_at=revoke_at,
+            why=step.why,
+        )
+
+    def _send(
+        self,
+        at_work: _Profile,
+        step: rotation.Step,
+        label: str,
+        op: str,
+        calls: float,
+        /,
+        **values: Any,
+    ) -> None:
+        kind = at_work.policy.issuer.type
+        number = self._workers.send(kind, op, calls + EXTRA_SECONDS, **values)
+        at_work.busy = (number, step, label)
+
+    def _call(self, at_work: _Profile, op: str, profile: Any, **values: Any) -> None:
+        """Have one thing done and wait for it."""
+        kind = at_work.policy.issuer.type
+        seconds = at_work.policy.timeout.total_seconds() + EXTRA_SECONDS
+        number = self._workers.send(kind, op, seconds, profile=profile, **values)
+        while True:
+            for answer in self._workers.receive(seconds):
+                if answer.id == number:
+                    if answer.error is not None:
+                        raise answer.error
+                    self._apply(at_work, answer)
+                    return
+
+    # taking in
+
+    def _apply(self, at_work: _Profile, answer: Answer) -> None:
+        if answer.records is None:  # the worker died: only the journal knows how far it came
+            if at_work.policy.kind is Kind.FOLLOWED:
+                return
+            fresh = replay(self._reread()).get(at_work.name, Slots())
+            at_work.slots = replace(
+                fresh,
+                failures=at_work.slots.failures,
+                not_before=at_work.slots.not_before,
+                rotate=at_work.slots.rotate,
+            )
+            return
+        for record in answer.records:
+            at_work.slots = fold(at_work.slots, record)
+
+    def _finish(self, at_work: _Profile, step: rotation.Step, label: str, answer: Answer) -> None:
+        now, policy = self.now(at_work.name), at_work.policy
+        if answer.error is not None:
+            if isinstance(step, rotation.Issue | rotation.Poll):
+                self._fail(at_work, answer.error)
+            else:
+                at_work.slots = rotation.put_off(at_work.slots, label, policy, now, self._roll())
+                at_work.slots = replace(at_work.slots, trouble=_trouble(answer.error))
+            return
+        ok = answer.ok or {}
+        if isinstance(step, rotation.Issue):
+            credential = _credential(ok["credential"])
+            at_work.secrets[label] = credential
+            at_work.slots = rotation.worked(at_work.slots)
+        elif isinstance(step, rotation.Poll):
+            at_work.slots = rotation.worked(at_work.slots)
+            self._polled(at_work, _credential(ok["credential"]), now)
+        elif isinstance(step, rotation.Verify):
+            verdict = Verdict(Look(ok["look"]), ok["method"], ok["reason"])
+            at_work.slots = rotation.judged(
+                at_work.slots, label, verdict, policy, now, self._roll()
+            )
+            self._clear_doubt(at_work, label, verdict, now)
+        elif isinstance(step, rotation.Publish):
+            at_work.anchor = self._clock.read()
+            at_work.doubt = False
+            if policy.kind is Kind.FOLLOWED:
+                swap = Record(now, Event.SWAP, at_work.name, label, why="")
+                verified = _known(at_work.slots, label).verdict
+                slots = fold(at_work.slots, swap)
+                current = slots.current
+                if current is not None and verified is not None:
+                    current = replace(current, verified=verified.method)
+                at_work.slots = replace(slots, current=current, retired=())
+        self._clean(at_work)
+
+    def _clean(self, at_work: _Profile) -> None:
+        """Let go of the secrets that are handed out no more."""
+        kept = {k.label for k in (at_work.slots.current, at_work.slots.next) if k is not None}
+        at_work.secrets = {k: v for k, v in at_work.secrets.items() if k in kept}
+
+    def _polled(self, at_work: _Profile, credential: Credential, now: datetime) -> None:
+        """A followed source was read: the same key lives on, another is tried."""
+        slots = replace(at_work.slots, polled_at=now)
+        current = slots.current
+        label = f"{at_work.name}:{credential.secret.fingerprint}"
+        if current is not None and current.label == label and not current.condemned:
+            slots = replace(slots, current=replace(current, lease=credential.lease), rotate=False)
+        elif slots.next is None or slots.next.label != label:
+            key = _followed(label, credential, at_work.policy.issuer, at_work.policy)
+            slots = replace(slots, next=key)
+        at_work.secrets[label] = credential
+        at_work.slots = slots
+
+    def _clear_doubt(self, at_work: _Profile, label: str, verdict: Verdict, now: datetime) -> None:
+        """A key that the gateway still takes is alive, whatever the clocks say."""
+        current = at_work.slots.current
+        if not at_work.doubt or current is None or current.label != label:
+            return
+        if verdict.look is Look.ALIVE:
+            at_work.doubt = False
+            at_work.anchor = self._clock.read()
+        elif verdict.look is Look.UNVERIFIED:
+            self.hurry(at_work.name)  # nobody can say; a new key is beyond doubt
+        if verdict.look in (Look.UNVERIFIED, Look.UNDECIDED):
+            at_work.slots = rotation.put_off(
+                at_work.slots, label, at_work.policy, now, self._roll()
+            )
+
+    def _fail(self, at_work: _Profile, error: KeybrokerError) -> None:
+        final = isinstance(error, SourceDenied | SourceInvalid) and not getattr(
+            error, "unknown", False
+        )
+        retry_after = error.retry_after if isinstance(error, SourceError) else None
+        at_work.slots = rotation.failed(
+            at_work.slots,
+            at_work.policy,
+            self.now(at_work.name),
+            self._roll(),
+            _trouble(error),
+            retry_after=retry_after,
+            final=final or not isinstance(error, SourceError),
+        )
+
+
+def _trouble(error: KeybrokerError) -> Trouble:
+    return Trouble(error.code, error.message, error.hint or "")
+
+
+def _why_lost(at_work: _Profile) -> str:
+    if at_work.profile is None:
+        return "the profile is not configured any more"
+    return "its secret was lost"
+
+
+def _hold_of_current(at_work: _Profile) -> timedelta | None:
+    """How long readers of the key that is replaced may keep it."""
+    current = at_work.slots.current
+    return None if current is None else max(current.hold, at_work.policy.hold)
+
+
+def new_label(instance: str, profile: str, now: datetime) -> str:
+    """
+    Return our name for one issue: kb-<host>-<profile>-<ULID>, unique and sorted by time.
+
+    See: https://github.com/ulid/spec
+    """
+    letters = "0123456789abcdefghjkmnpqrstvwxyz"
+    number = int(now.timestamp() * 1000) << 80 | random.SystemRandom().getrandbits(80)
+    ulid = "".join(letters[number >> shift & 31] for shift in range(125, -1, -5))
+    return f"kb-{instance}-{profile}-{ulid}"
+
+
+def _known(slots: Slots, label: str) -> Key:
+    key = slots.key(label)
+    assert key is not None, "a step names a key that is there"
+    return key
+
+
+def _credential(found: Mapping[str, Any]) -> Credential:
+    return Credential(Secret(found["secret"]), decode_lease(found["lease"]))
+
+
+def _followed(label: str, credential: Credential, issuer: Issuer, policy: Policy) -> Key:
+    lease: Lease = credential.lease
+    life = timedelta() if lease.expires_at is None else lease.expires_at - lease.issued_at
+    return Key(label, issuer, lease, credential.secret.fingerprint, life, policy.hold)
