@@ -1,0 +1,172 @@
+"""The command line's frame: which module has which command, how errors are said."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from importlib import import_module
+from typing import Any
+
+import click
+
+from keybroker import __version__
+from keybroker.errors import KeybrokerError
+
+COMMANDS = {
+    "get": ("keys", "Print the current key of a profile, for apiKeyHelper."),
+    "rotate": ("keys", "Replace a key now; the old one is revoked after its hold."),
+    "revoke": ("keys", "End every key of a profile at once."),
+    "sweep": ("keys", "Revoke keys of this installation that no journal knows."),
+    "check": ("keys", "Exit 0 if a key has enough time left, else 75."),
+    "status": ("status", "Show every profile's key, what comes next, and what to paste."),
+    "audit": ("audit", "Show who was given which key, and what became of it."),
+    "config": ("configuration", "Check, show and describe the configuration."),
+    "source": ("source", "Try a source against the real thing."),
+    "demo": ("demo", "Watch keys being minted, used, rotated and revoked."),
+}
+LONGEST_LINE = 200
+
+
+class _Commands(click.Group):
+    """Imports a command's module when it is typed, so that --help costs nothing."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = import_module(f"keybroker.cli.{COMMANDS[cmd_name][0]}")
+        command: click.Command = getattr(module, f"{cmd_name}_command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="keybroker")
+def keybroker() -> None:
+    """Keys for an LLM gateway: minted, verified, handed out, rotated and revoked.
+
+    \b
+    keybroker demo          see it work, with a gateway of its own
+    keybroker config path   where your configuration goes
+    keybroker status        how your keys stand
+    """
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line; return the exit status."""
+    os.umask(0o077)
+    _close_to_debuggers()
+    try:
+        keybroker.main(args=list(arguments), prog_name="keybroker", standalone_mode=False)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.UsageError as error:
+        error.show()
+        return 2
+    except click.Abort:
+        return 130
+    except KeybrokerError as error:
+        return say(error, one_line=arguments[:1] == ["get"])
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # its text may hold a secret; its type does not
+        place = _place(error)
+        return say(KeybrokerError(f"internal error: {type(error).__name__} at {place}"))
+    return 0
+
+
+def say(error: KeybrokerError, *, one_line: bool = False) -> int:
+    """Write an error to stderr; return its exit status."""
+    hint = error.hint
+    if one_line:  # Claude Code shows this line as it is
+        text = f"keybroker: {error.message}" + (f". {hint[0].upper()}{hint[1:]}" if hint else "")
+        text = " ".join(text.split())
+        print(
+            text if len(text) <= LONGEST_LINE else f"{text[: LONGEST_LINE - 1]}…", file=sys.stderr
+        )
+    else:
+        print(f"keybroker: {error.message}", file=sys.stderr)
+        if hint:
+            print(f"hint: {hint}", file=sys.stderr)
+    return error.exit_status
+
+
+def _place(error: Exception) -> str:
+    """Name the file and line where an error came from, without any value."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return "?"
+    return f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}"
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat().replace("+00:00", "Z")
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    return str(value)
+
+
+def coloured(text: str, colour: str) -> str:
+    """Colour text on a terminal, unless NO_COLOR is set."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return text
+    return click.style(text, fg=colour)
+
+
+@contextmanager
+def progress(text: str) -> Iterator[None]:
+    """Show that something is under way, on a terminal's stderr, and take it away after."""
+    shown = sys.stderr.isatty()
+    if shown:
+        print(f"{text} …", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def in_words(length: timedelta) -> str:
+    """Write a length of time as a person says it: 11h 59m, 14m, 8s."""
+    seconds = int(length.total_seconds() + 0.5)
+    if seconds < 0:
+        return f"-{in_words(-length)}"
+    for unit, size, smaller, small in (("d", 86400, "h", 3600), ("h", 3600, "m", 60)):
+        if seconds >= size:
+            rest = seconds % size // small
+            return (
+                f"{seconds // size}{unit} {rest}{smaller}" if rest else f"{seconds // size}{unit}"
+            )
+    return f"{seconds // 60}m" if seconds >= 120 else f"{seconds}s"
+
+
+def on_the_clock(moment: datetime) -> str:
+    """Write a time in the local zone, with its day when that is not today."""
+    local = moment.astimezone()
+    today = datetime.now().astimezone().date()
+    return local.strftime("%H:%M:%S" if local.date() == today else "%Y-%m-%d %H:%M")
+
+
+def _close_to_debuggers() -> None:
+    """No core, no ptrace: this process holds keys (Linux)."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE

@@ -1,0 +1,121 @@
+"""config: check, schema, show, path."""
+
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import click
+
+from keybroker import paths
+from keybroker.cli.base import coloured, print_json
+from keybroker.cli.work import configuration
+from keybroker.config import Profile, schema
+from keybroker.credential import Reference
+from keybroker.fields import show_duration
+
+
+@click.group("config")
+def config_command() -> None:
+    """Check, show and describe the configuration."""
+
+
+@config_command.command("check")
+def check() -> None:
+    """Say whether the configuration is valid; name file, line and key where it is not.
+
+    Exit status: 0, or 78.
+    """
+    config = configuration()
+    for profile in config.profiles.values():
+        for text in profile.warnings:
+            print(coloured(f"warning: {text}", "yellow"))
+    if not config.files:
+        config.profile(None)
+    files = ", ".join(str(file) for file in config.files)
+    count = len(config.profiles)
+    print(f"ok: {count} profile{'' if count == 1 else 's'} in {files}")
+
+
+@config_command.command("schema")
+def show_schema() -> None:
+    """Print the JSON Schema of the configuration file, for editors."""
+    print_json(schema())
+
+
+@config_command.command("path")
+def path() -> None:
+    """Print which files are read, later ones over earlier ones, and where the state is kept."""
+    for file in paths.config_files(os.environ):
+        print(f"{file}{'' if file.exists() else '  (not there)'}")
+    print(f"{paths.state_directory(os.environ)}  (state)")
+
+
+@config_command.command("show")
+@click.argument("profile", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show(profile: str | None, as_json: bool) -> None:
+    """Print what is in force, defaults filled in. References are shown, never what they name."""
+    config = configuration()
+    chosen = [config.profile(profile)] if profile else list(config.profiles.values())
+    document: dict[str, Any] = {
+        "default": config.default,
+        "cache": {"key": config.cache_key},
+        "profiles": {one.name: _plain(one) for one in chosen},
+    }
+    if as_json:
+        print_json(document)
+        return
+    if config.default:
+        print(f"default = {_toml(config.default)}\n")
+    print(f"[cache]\nkey = {_toml(config.cache_key)}")
+    for name, values in document["profiles"].items():
+        source = values.pop("source")
+        _print_table(f"profiles.{name}", values)
+        _print_table(f"profiles.{name}.source", source)
+
+
+def _plain(profile: Profile) -> dict[str, Any]:
+    skipped = ("name", "raw", "type", "source")
+    values = {k: getattr(profile, k) for k in profile.__slots__ if k not in skipped}
+    source = {"type": profile.type, **profile.source}
+    return {**_values(values), "source": _values(source)}
+
+
+def _values(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _value(v) for k, v in values.items() if v is not None and v not in ({}, ())}
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, timedelta):
+        return show_duration(value)
+    if isinstance(value, Reference):
+        found = value.value
+        return {value.kind: found if isinstance(found, str) else list(found)}
+    if isinstance(value, tuple):
+        return list(value)
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _print_table(name: str, values: Mapping[str, Any]) -> None:
+    print(f"\n[{name}]")
+    for key, value in values.items():
+        print(f"{key} = {_toml(value)}")
+
+
+def _toml(value: Any) -> str:
+    import json
+
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _key(name: str) -> str:
+    import json
+
+    return name if name.replace("-", "").replace("_", "").isalnum() else json.dumps(name)

@@ -1,0 +1,346 @@
+"""get, rotate, revoke, sweep, check: the commands that act on keys."""
+
+import os
+import sys
+from datetime import datetime, timedelta
+
+import click
+
+from keybroker import paths
+from keybroker.audit import Audit, asker
+from keybroker.cli.base import in_words, on_the_clock, print_json, progress
+from keybroker.cli.work import Desk, configuration, desk, drive, minted, owner, sealed_alone, state
+from keybroker.clock import Clock, judge
+from keybroker.config import Config, Profile
+from keybroker.credential import Credential
+from keybroker.errors import (
+    ConfigError,
+    JournalError,
+    NotReady,
+    SourceUnavailable,
+)
+from keybroker.fields import read_duration
+from keybroker.journal import Journal, decode_lease
+from keybroker.rotation import expired
+from keybroker.slots import replay
+
+ANSWER_SECONDS = 10.0  # Claude Code says that a helper is slow from then on
+AFTERWARDS_SECONDS = 5.0
+ACT_SECONDS = 30.0
+
+
+class Duration(click.ParamType[timedelta]):
+    name = "duration"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> timedelta:
+        if isinstance(value, timedelta):
+            return value
+        try:
+            return read_duration(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+PROFILE = click.argument("profile", required=False)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.command("get")
+@PROFILE
+@click.option("--profile", "named", metavar="PROFILE", help="The same as the argument.")
+def get_command(profile: str | None, named: str | None) -> None:
+    """Print the current key of PROFILE and nothing else.
+
+    A key that is due is replaced first; while the gateway is out of reach the current one is
+    printed until its end. Exit status: 0; 69 nobody can answer, 75 try later, 77 refused,
+    78 configuration.
+    """
+    config = configuration()
+    wanted = config.profile(profile or named)
+    credential = answer(config, wanted)
+    del credential
+
+
+def answer(config: Config, profile: Profile, *, say: bool = True) -> Credential:
+    """
+    Find the key to hand out, print it, then do what else is due.
+
+    Raises:
+        KeybrokerError: There is none, and why.
+    """
+    lock = paths.take_owner_lock(state())
+    try:
+        if lock is None:
+            found = _from_cache(config, profile)
+            if found is not None:
+                return _hand_out(profile, found, say)
+            with owner(ANSWER_SECONDS) as lock_later:
+                return _as_owner(config, profile, lock_later, say)
+        return _as_owner(config, profile, lock, say)
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _as_owner(config: Config, profile: Profile, lock: int, say: bool) -> Credential:
+    try:
+        with desk(config, lock=lock, only=profile) as at:
+            broker = at.broker
+            drive(at, lambda: broker.settled(profile.name), ANSWER_SECONDS)
+            found = broker.credential(profile.name)
+            if found is None:
+                raise broker.why_not(profile.name)
+            _hand_out(profile, found, say)
+            drive(at, lambda: False, AFTERWARDS_SECONDS, patience=0)
+            return found
+    except JournalError:
+        # Nothing may be minted; what was sealed and is alive is still good for its reader.
+        kept = _from_cache(config, profile, journal_is_broken=True)
+        if kept is None:
+            raise
+        return _hand_out(profile, kept, say)
+
+
+def _from_cache(
+    config: Config, profile: Profile, *, journal_is_broken: bool = False
+) -> Credential | None:
+    """Read the sealed key without being the owner; None when it may not be handed out."""
+    if not journal_is_broken:
+        with desk(config, lock=None, mints=False, only=profile) as at:
+            return at.broker.credential(profile.name)
+    sealed = sealed_alone(config, profile)
+    if sealed is None or sealed.issuer != profile.issuer:
+        return None
+    reading = judge(sealed.anchor, Clock().read())
+    ends = sealed.credential.lease.expires_at
+    alive = not reading.doubtful and (ends is None or reading.now < ends)
+    return sealed.credential if alive else None
+
+
+def _hand_out(profile: Profile, credential: Credential, say: bool) -> Credential:
+    Audit(state()).write(
+        Clock().read().wall,
+        "given",
+        profile.name,
+        fingerprint=credential.secret.fingerprint,
+        **asker(),
+    )
+    if say:
+        sys.stdout.write(f"{credential.secret.reveal()}\n")
+        sys.stdout.flush()
+    return credential
+
+
+@click.command("rotate")
+@PROFILE
+@click.option("--all", "every", is_flag=True, help="Every profile.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done.")
+@JSON
+def rotate_command(profile: str | None, every: bool, dry_run: bool, as_json: bool) -> None:
+    """Replace the key of PROFILE now.
+
+    The new key is verified before the old one is given up, and the old one is revoked one hold
+    later. A source whose keys somebody else rotates is read again.
+    """
+    config = configuration()
+    chosen = list(config.profiles.values()) if every else [config.profile(profile)]
+    if dry_run:
+        for one in chosen:
+            what = f"minted at {one.issuer.url}" if minted(one) else "read again"
+            print(f"{one.name}: a new key would be {what}")
+        return
+    results, first_problem = [], None
+    with owner() as lock, desk(config, lock=lock) as at:
+        before = {one.name: at.broker.slots(one.name).current for one in chosen}
+        for one in chosen:
+            at.broker.hurry(one.name)
+        with progress("rotating"):
+            drive(at, lambda: not any(at.broker.slots(p.name).rotate for p in chosen), ACT_SECONDS)
+        for one in chosen:
+            slots = at.broker.slots(one.name)
+            old, new = before[one.name], slots.current
+            if slots.rotate or new is None:
+                problem = at.broker.why_not(one.name)
+                first_problem = first_problem or problem
+                results.append({"profile": one.name, "rotated": False, "error": problem.message})
+                continue
+            changed = old is None or old.label != new.label
+            results.append(
+                {
+                    "profile": one.name,
+                    "rotated": changed,
+                    "fingerprint": new.fingerprint,
+                    "replaced": old.fingerprint if old is not None and changed else None,
+                    "expires_at": new.lease.expires_at,
+                    "revokes_at": next(
+                        (k.revoke_at for k in slots.retired if old and k.label == old.label), None
+                    ),
+                }
+            )
+        drive(at, lambda: False, AFTERWARDS_SECONDS, patience=0)
+    if as_json:
+        print_json(results)
+    else:
+        for result in results:
+            _say_rotated(result)
+    if first_problem is not None:
+        raise first_problem
+
+
+def _say_rotated(result: dict[str, object]) -> None:
+    name = result["profile"]
+    if "error" in result:
+        return
+    if not result["rotated"]:
+        print(f"{name}: still {result['fingerprint']}; its owner has not rotated it")
+        return
+    old = f"{result['replaced']} → " if result["replaced"] else ""
+    line = f"{name}: {old}{result['fingerprint']}"
+    now = Clock().read().wall
+    if isinstance(ends := result["expires_at"], datetime):
+        line += f", valid until {on_the_clock(ends)} ({in_words(ends - now)})"
+    if isinstance(at := result["revokes_at"], datetime):
+        line += f"; the old key is revoked at {on_the_clock(at)} (in {in_words(at - now)})"
+    print(line)
+
+
+@click.command("revoke")
+@PROFILE
+@click.option("--all", "every", is_flag=True, help="Every profile that the journal knows.")
+@click.option("--dry-run", is_flag=True, help="Say which keys would be revoked.")
+@JSON
+def revoke_command(profile: str | None, every: bool, dry_run: bool, as_json: bool) -> None:
+    """End every key of PROFILE at its gateway, at once.
+
+    It works from the journal alone: a configuration that is gone or broken is not needed, only
+    the admin key that minted them.
+    """
+    try:
+        config = configuration()
+    except ConfigError as error:
+        config = Config({}, None, "auto", ())
+        print(f"keybroker: {error.message}; going by the journal alone", file=sys.stderr)
+    known = replay(Journal(state()).read())
+    if every:
+        chosen = [name for name, slots in known.items() if slots.keys or slots.open]
+    elif profile is not None and (profile in known or profile in config.profiles):
+        chosen = [profile]
+    elif profile is None and not config.profiles and len(known) == 1:
+        chosen = list(known)
+    else:
+        chosen = [config.profile(profile).name]
+    if dry_run:
+        for name in chosen:
+            for key in known[name].keys if name in known else ():
+                print(f"{name}: {key.fingerprint} at {key.issuer} would be revoked")
+        return
+    with owner() as lock, desk(config, lock=lock, mints=False) as at:
+        results = [_revoke(at, name) for name in chosen]
+    if as_json:
+        print_json(results)
+    else:
+        for result in results:
+            print(f"{result['profile']}: {result['revoked']} revoked")
+    left = [result for result in results if result["left"]]
+    if left:
+        first = left[0]
+        raise SourceUnavailable(
+            f"{first['profile']}: {first['left']} not yet confirmed: {first['error']}",
+            hint="it is tried again by every later command; see keybroker status",
+        )
+
+
+def _revoke(at: Desk, name: str) -> dict[str, object]:
+    if name not in at.broker.names():
+        return {"profile": name, "revoked": 0, "left": 0, "error": None}
+    count = len(at.broker.slots(name).keys)
+    at.broker.retire(name, "revoked by request", now=True)
+    with progress(f"{name}: revoking"):
+        drive(at, lambda: not at.broker.slots(name).keys, ACT_SECONDS)
+    at.pool.call("cache", "forget", ACT_SECONDS, profile=name)
+    slots = at.broker.slots(name)
+    left = len(slots.keys)
+    problem = slots.trouble.message if slots.trouble else None
+    return {"profile": name, "revoked": count - left, "left": left, "error": problem}
+
+
+@click.command("sweep")
+@PROFILE
+@click.option("--yes", is_flag=True, help="Revoke without asking.")
+@click.option("--dry-run", is_flag=True, help="Only list them.")
+@JSON
+def sweep_command(profile: str | None, yes: bool, dry_run: bool, as_json: bool) -> None:
+    """Revoke keys at the gateway that are this installation's and that no journal knows.
+
+    Only labels that begin with this installation's own prefix are looked at. They are listed
+    first; without --yes and without a terminal to ask at, nothing is revoked.
+    """
+    config = configuration()
+    chosen = [config.profile(profile)] if profile else list(config.profiles.values())
+    places = {one.issuer: one for one in chosen if minted(one)}
+    with owner() as lock, desk(config, lock=lock, mints=False) as at:
+        prefix = f"kb-{at.instance}-"
+        known = {one.label for name in at.broker.names() for one in at.broker.slots(name).all}
+        orphans = []
+        for one in places.values():
+            with progress(f"listing keys at {one.issuer.url}"):
+                found = at.pool.call(one.type, "sweep", ACT_SECONDS, profile=one, prefix=prefix)
+            orphans += [
+                (one, f["label"], f["lease"]) for f in found["found"] if f["label"] not in known
+            ]
+        rows = [
+            {"label": label, "at": one.issuer.url, "expires_at": lease.get("expires_at")}
+            for one, label, lease in orphans
+        ]
+        if as_json:
+            print_json(rows)
+        else:
+            for row in rows:
+                print(f"{row['label']}  at {row['at']}  ends {row['expires_at'] or 'never'}")
+            if not rows:
+                print(f"no key begins with {prefix} that the journal does not know")
+        if dry_run or not orphans:
+            return
+        if not yes:
+            if not sys.stdin.isatty():
+                raise NotReady(f"sweep: {len(orphans)} found, none revoked", hint="add --yes")
+            click.confirm(f"Revoke {len(orphans)}?", abort=True)
+        for one, label, lease in orphans:
+            at.pool.call(
+                one.type, "end", ACT_SECONDS, profile=one, label=label, lease=decode_lease(lease)
+            )
+        print(f"{len(orphans)} revoked", file=sys.stderr if as_json else sys.stdout)
+
+
+@click.command("check")
+@PROFILE
+@click.option(
+    "--min-remaining",
+    type=Duration(),
+    default=timedelta(0),
+    help="How long the key must still live, such as 30m.",
+)
+@JSON
+def check_command(profile: str | None, min_remaining: timedelta, as_json: bool) -> None:
+    """Exit 0 if PROFILE has a key with enough time left; 75 if not. Asks no gateway."""
+    config = configuration()
+    wanted = config.profile(profile)
+    with desk(config, lock=None, mints=False, only=wanted) as at:
+        now = at.broker.now(wanted.name)
+        current = at.broker.slots(wanted.name).current
+        held = at.broker.credential(wanted.name) is not None
+    left: timedelta | None = None
+    if current is not None and held and not expired(current, now):
+        ends = current.lease.expires_at
+        left = timedelta.max if ends is None else ends - now
+    enough = left is not None and left >= min_remaining
+    if as_json:
+        seconds = None if left is None or left == timedelta.max else left.total_seconds()
+        print_json({"profile": wanted.name, "ok": enough, "remaining_s": seconds})
+    elif left is not None:
+        print(f"{wanted.name}: {'no end' if left == timedelta.max else in_words(left) + ' left'}")
+    if not enough:
+        what = "no key" if left is None else f"only {in_words(left)} left"
+        raise NotReady(f"{wanted.name}: {what}", hint=f"keybroker rotate {wanted.name}")

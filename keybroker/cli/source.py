@@ -1,0 +1,149 @@
+"""source test: the whole life of one key against the real thing, step by step."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import click
+
+from keybroker.broker import new_label
+from keybroker.cli.base import coloured, in_words, print_json, progress
+from keybroker.cli.work import Desk, configuration, desk, minted, owner
+from keybroker.clock import Clock
+from keybroker.config import Profile
+from keybroker.credential import Credential
+from keybroker.errors import KeybrokerError, SourceInvalid
+from keybroker.worker import decode_credential
+
+T = TypeVar("T")
+SECONDS = 30.0
+LOOKS_FOR_GONE = 5
+
+
+@click.group("source")
+def source_command() -> None:
+    """Try a source against the real thing."""
+
+
+@source_command.command("test")
+@click.argument("profile", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def test(profile: str | None, as_json: bool) -> None:
+    """Mint a key at PROFILE's source, verify it, find it, revoke it, and see it refused.
+
+    Says which step fails and what was seen. The key is of its own: the current one is not touched.
+    A source whose keys somebody else rotates is read and verified.
+    """
+    config = configuration()
+    wanted = config.profile(profile)
+    report = _Report(as_json)
+    try:
+        with owner() as lock, desk(config, lock=lock, mints=False, only=wanted) as at:
+            if minted(wanted):
+                _whole_life(at, wanted, report)
+            else:
+                credential = report.step("read", lambda: _read(at, wanted))
+                report.step("verify", lambda: _alive(at, wanted, credential))
+    finally:
+        if as_json:
+            print_json(report.rows)
+
+
+def _whole_life(at: Desk, profile: Profile, report: "_Report") -> None:
+    label = new_label(at.instance, profile.name, Clock().read().wall)
+    credential = report.step("issue", lambda: _issue(at, profile, label))
+    try:
+        report.step("verify", lambda: _alive(at, profile, credential))
+        report.step("find", lambda: _find(at, profile, label, expected=1))
+    finally:
+        report.step("revoke", lambda: _revoke(at, profile, label, credential))
+    report.step("refused", lambda: _refused(at, profile, credential))
+    report.step("gone", lambda: _find(at, profile, label, expected=0))
+
+
+class _Report:
+    """Prints a line for each step as it ends."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.rows: list[dict[str, object]] = []
+        self._quiet = as_json
+
+    def step(self, name: str, act: Callable[[], tuple[T, str]]) -> T:
+        started = time.monotonic()
+        try:
+            with progress(name):
+                found, seen = act()
+        except KeybrokerError as error:
+            self._say(name, False, error.message, started)
+            raise
+        self._say(name, True, seen, started)
+        return found
+
+    def _say(self, name: str, ok: bool, seen: str, started: float) -> None:
+        milliseconds = round((time.monotonic() - started) * 1000)
+        self.rows.append({"step": name, "ok": ok, "seen": seen, "ms": milliseconds})
+        if not self._quiet:
+            mark = coloured("ok    ", "green") if ok else coloured("failed", "red")
+            print(f"{mark}  {name:<8} {seen} ({milliseconds} ms)")
+
+
+def _issue(at: Desk, profile: Profile, label: str) -> tuple[Credential, str]:
+    answer = at.pool.call(profile.type, "issue", SECONDS, profile=profile, label=label)
+    return _described(decode_credential(answer["credential"]))
+
+
+def _read(at: Desk, profile: Profile) -> tuple[Credential, str]:
+    answer = at.pool.call(profile.type, "poll", SECONDS, profile=profile)
+    return _described(decode_credential(answer["credential"]))
+
+
+def _described(credential: Credential) -> tuple[Credential, str]:
+    lease = credential.lease
+    ends = "no end" if lease.expires_at is None else in_words(lease.expires_at - lease.issued_at)
+    return credential, f"key {credential.secret.fingerprint}, lives {ends}"
+
+
+def _verify(at: Desk, profile: Profile, credential: Credential) -> tuple[str, str]:
+    seen = at.pool.call(profile.type, "verify", SECONDS, profile=profile, secret=credential.secret)
+    return str(seen["look"]), f"{seen['look']} by {seen['method']} ({seen['reason']})"
+
+
+def _alive(at: Desk, profile: Profile, credential: Credential) -> tuple[None, str]:
+    look, seen = _verify(at, profile, credential)
+    if look in ("refused", "undecided"):
+        raise SourceInvalid(f"verify: {seen}", hint=f"does {profile.base_url} serve /v1/models?")
+    return None, seen
+
+
+def _find(at: Desk, profile: Profile, label: str, expected: int) -> tuple[None, str]:
+    answer = at.pool.call(profile.type, "find", SECONDS, profile=profile, label=label)
+    count = len(answer["found"])
+    if count != expected:
+        raise SourceInvalid(f"find: {count} keys bear the label {label}, not {expected}")
+    return None, f"{count} by the label {label}"
+
+
+def _revoke(at: Desk, profile: Profile, label: str, credential: Credential) -> tuple[None, str]:
+    at.pool.call(
+        profile.type,
+        "revoke",
+        SECONDS,
+        profile=profile.name,
+        label=label,
+        issuer=profile.issuer,
+        lease=credential.lease,
+    )
+    return None, "confirmed"
+
+
+def _refused(at: Desk, profile: Profile, credential: Credential) -> tuple[None, str]:
+    """A revoked key is refused; some gateways need a while to know it everywhere."""
+    for _ in range(LOOKS_FOR_GONE):
+        look, seen = _verify(at, profile, credential)
+        if look != "alive":
+            return None, seen
+        time.sleep(1)
+    raise SourceInvalid(
+        f"refused: the revoked key is still {seen}",
+        hint="the gateway caches keys; LiteLLM does so for up to 60 s",
+    )

@@ -1,0 +1,189 @@
+"""A broker for one command: state opened, steps driven until there is an answer."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from keybroker import paths
+from keybroker.broker import Broker, Sealed
+from keybroker.cache import WrapKey
+from keybroker.clock import Clock
+from keybroker.config import Config, Profile, load
+from keybroker.credential import Secret
+from keybroker.errors import CacheError, ConfigError, NobodyAnswers
+from keybroker.journal import Journal
+from keybroker.pool import Pool, variables
+from keybroker.rotation import Kind
+from keybroker.slots import Record, replay
+
+LOAD_SECONDS = 10.0
+
+
+@dataclass(slots=True)
+class Desk:
+    """What a command works with; `lock` is None for one that only reads."""
+
+    config: Config
+    state: Path
+    pool: Pool
+    broker: Broker
+    wrap_key: WrapKey
+    instance: str
+    lost: list[str]  # what the cache could not give, in words
+
+
+def configuration() -> Config:
+    return load(paths.config_files(os.environ))
+
+
+def state() -> Path:
+    return paths.private_directory(paths.state_directory(os.environ))
+
+
+@contextmanager
+def desk(
+    config: Config, *, lock: int | None, mints: bool = True, only: Profile | None = None
+) -> Iterator[Desk]:
+    """
+    Open journal and cache.
+
+    Args:
+        config: As loaded; an empty one where only the journal matters.
+        lock: The owner lock, or None to read only.
+        mints: New keys may be asked for.
+        only: The one profile whose sealed key is needed; None: all.
+
+    Raises:
+        JournalError: The journal cannot be read.
+    """
+    where = state()
+    journal = Journal(where)
+    if lock is not None:
+        journal.compact()
+    records = journal.read()
+    named = variables(config) | _variables(records)
+    pool = Pool(where, os.environ, lock, named)
+    try:
+        wanted = [only] if only is not None else list(config.profiles.values())
+        wrap_key, sealed, lost = _open_cache(pool, config, wanted)
+        broker = Broker(
+            config.profiles.values(),
+            records,
+            sealed,
+            pool,
+            instance=paths.instance(where),
+            wrap_key=wrap_key.key,
+            mints=mints,
+            clock=Clock(),
+            reread=journal.read,
+        )
+        yield Desk(config, where, pool, broker, wrap_key, paths.instance(where), lost)
+    finally:
+        pool.close()
+
+
+@contextmanager
+def owner(seconds: float = 10.0) -> Iterator[int]:
+    """
+    Hold the owner lock, waiting for it a while.
+
+    Raises:
+        NobodyAnswers: Another process kept it.
+    """
+    until = time.monotonic() + seconds
+    while (lock := paths.take_owner_lock(state())) is None:
+        if time.monotonic() > until:
+            raise NobodyAnswers(
+                "another keybroker is at work on the same state directory",
+                hint="try again when it is done",
+            )
+        time.sleep(0.05)
+    try:
+        yield lock
+    finally:
+        with suppress(OSError):
+            os.close(lock)
+
+
+def drive(
+    at: Desk, done: Callable[[], bool], seconds: float, *, patience: float | None = None
+) -> bool:
+    """
+    Do what is due until `done`, or until nothing is due within `patience`.
+
+    Args:
+        at: The desk.
+        done: Checked before each turn.
+        seconds: The longest that this takes, one running operation aside.
+        patience: The longest to sleep for the next due time; None: as long as `seconds` allow.
+
+    Returns:
+        Whether it is done.
+    """
+    until = time.monotonic() + seconds
+    while not done():
+        wake = at.broker.turn()
+        left = until - time.monotonic()
+        if left <= 0:
+            return done()
+        if at.broker.busy:
+            at.broker.take(at.pool.receive(left))
+            continue
+        pause = None if wake is None else (wake - at.broker.now()) / timedelta(seconds=1)
+        if pause is None or pause > (left if patience is None else patience):
+            return done()
+        time.sleep(max(0.0, min(pause, left)) + 0.001)
+    return True
+
+
+def sealed_alone(config: Config, profile: Profile) -> Sealed | None:
+    """Return what the cache has, whatever the journal says; None when it cannot be opened."""
+    pool = Pool(state(), os.environ, None, variables(config))
+    try:
+        return _open_cache(pool, config, [profile])[1].get(profile.name)
+    finally:
+        pool.close()
+
+
+def _open_cache(
+    pool: Pool, config: Config, wanted: list[Profile]
+) -> tuple[WrapKey, dict[str, Sealed], list[str]]:
+    kind = wanted[0].type if wanted else "cache"
+    try:
+        found = pool.call(kind, "unlock", LOAD_SECONDS, kind=config.cache_key)
+    except CacheError as error:
+        return WrapKey(None, f"memory only: {error.message}"), {}, [error.message]
+    wrap_key = WrapKey(Secret(found["key"]) if found["key"] else None, found["origin"])
+    sealed, lost = {}, []
+    for profile in wanted:
+        try:
+            answer = pool.call(
+                kind, "load", LOAD_SECONDS, profile=profile.name, wrap_key=wrap_key.key
+            )
+        except ConfigError:
+            raise
+        except CacheError as error:
+            lost.append(error.message)
+            continue
+        cached = Sealed.read(answer["cached"])
+        if cached is not None:
+            sealed[profile.name] = cached
+    return wrap_key, sealed, lost
+
+
+def _variables(records: list[Record]) -> set[str]:
+    """Return the variables that hold admin keys of issuers that the journal still needs."""
+    issuers = [one.issuer for slots in replay(records).values() for one in slots.all]
+    return {
+        str(issuer.admin.value)
+        for issuer in issuers
+        if issuer.admin is not None and issuer.admin.kind == "env"
+    }
+
+
+def minted(profile: Profile) -> bool:
+    return profile.kind is Kind.MINTED
