@@ -23,8 +23,9 @@ from keybroker import sources
 from keybroker.audit import Audit
 from keybroker.cache import Cache, Cached, find_wrap_key
 from keybroker.clock import Clock
-from keybroker.config import Profile, Where, read_profile
+from keybroker.config import Profile, read_profile
 from keybroker.credential import Credential, Issuer, Lease, Secret
+from keybroker.document import Where
 from keybroker.errors import JournalError, KeybrokerError, SourceError
 from keybroker.journal import (
     Journal,
@@ -223,6 +224,13 @@ class Operations:
     def forget(self, profile: str) -> dict[str, Any]:
         perform("forget", lambda: Cache(self.state, None, self.disk).forget(profile))
         return {}
+
+    def failed(self, message: Mapping[str, Any], error: KeybrokerError) -> None:
+        """Put a failure into the audit log, from where `status` has the last one."""
+        profile = message.get("profile")
+        name = profile.get("name") if isinstance(profile, dict) else profile
+        if isinstance(name, str):
+            self._audit("failed", name, "", op=str(message["op"]), message=error.message)
 
     def close(self) -> None:
         for source in self._opened.values():
