@@ -163,7 +163,6 @@ class Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server_version, sys_version = "devgateway", ""
     disable_nagle_algorithm = True  # head and body are two writes
     server: Server
 
@@ -228,6 +227,10 @@ class _Handler(BaseHTTPRequestHandler):
             data = f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode()
             self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
         self.wfile.write(b"0\r\n\r\n" if chunked else content)
+
+    def version_string(self) -> str:
+        """Write the `Server` header."""
+        return "devgateway"
 
     def date_time_string(self, timestamp: float | None = None) -> str:
         """Write the `Date` header by the gateway's clock, which may be wrong on purpose."""
