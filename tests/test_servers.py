@@ -18,6 +18,7 @@ from tests.conftest import Home
 from tests.servers.claude import run_claude, start_stream
 from tests.servers.keyring import Keyring
 from tests.servers.litellm import UPSTREAM_KEY, LiteLLM
+from tests.servers.processes import wait_until
 
 pytestmark = pytest.mark.servers
 
@@ -186,3 +187,18 @@ def test_a_locked_keyring_refuses(home: Home) -> None:
     assert locked.returncode == 1
     assert "KeyringLocked" in locked.stderr
     assert unlocked.stdout == "wrapped\n"
+
+
+def test_a_dialog_that_nobody_answers_blocks_the_reader(home: Home) -> None:
+    """A keyring with a dialog keeps its reader waiting as long as the dialog is open."""
+    with Keyring(locked=True) as keyring, keyring.nobody_at_the_dialog() as dialog:
+        read = subprocess.Popen(
+            [sys.executable, "-c", "import keyring; keyring.get_password('kb-test', 'me')"],
+            env={**home.environment, **keyring.environment},
+        )
+        asked = wait_until(lambda: "BeginPrompting" in dialog.tail(), 30)
+        waiting = read.poll() is None
+        read.kill()
+        read.wait()
+
+    assert (asked, waiting) == (True, True)

@@ -3,6 +3,8 @@ A real Secret Service: gnome-keyring on a D-Bus session of its own, without a di
 
 The bus is configured here, without service folders, so nothing is started on demand: neither
 another keyring nor a dialog.
+
+See: https://specifications.freedesktop.org/secret-service/latest/
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ from __future__ import annotations
 import os
 import secrets
 import subprocess
+import sys
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -30,6 +34,18 @@ _BUS = """\
     <allow own="*"/>
   </policy>
 </busconfig>
+"""
+
+
+_UNANSWERED_DIALOG = """
+from jeepney import message_bus
+from jeepney.io.blocking import open_dbus_connection
+
+with open_dbus_connection() as bus:
+    bus.send_and_get_reply(message_bus.RequestName("org.gnome.keyring.SystemPrompter"))
+    print("ready", flush=True)
+    while True:
+        print(bus.receive().header, flush=True)
 """
 
 
@@ -83,6 +99,20 @@ class Keyring:
         """Start the daemon anew, with the password."""
         self._start("--unlock")
 
+    @contextmanager
+    def nobody_at_the_dialog(self) -> Iterator[Child]:
+        """
+        Let the unlock dialog of a locked keyring open, with nobody there to answer it.
+
+        Whoever reads from the keyring then waits without end. The log of the process given
+        tells when the dialog was asked for: it names `BeginPrompting`.
+        """
+        command = [sys.executable, "-c", _UNANSWERED_DIALOG]
+        log = self._work / "dialog.log"
+        with Child(command, log=log, environment=self._environment()) as dialog:
+            dialog.wait_until(lambda: "ready" in dialog.tail(), 10)
+            yield dialog
+
     def stop(self) -> None:
         """End the daemon: the bus is left without a Secret Service."""
         if self._daemon:
@@ -125,4 +155,5 @@ class Keyring:
             text=True,
             check=False,
         )
-        return bool(self._daemon) and asked.stdout.split()[-1:] == [str(self._daemon.pid)]
+        ours = self._daemon and str(self._daemon.pid)
+        return asked.stdout.split()[-1:] == [ours]
