@@ -224,7 +224,15 @@ class Broker:
         for key in at_work.slots.keys:
             if key.revoke_at is None or (now and key.revoke_at > moment):
                 at = moment if now else moment + key.hold
-                self._call(at_work, "retire", name, label=key.label, revoke_at=at, why=why)
+                self._call(
+                    at_work,
+                    "retire",
+                    name,
+                    label=key.label,
+                    fingerprint=key.fingerprint,
+                    revoke_at=at,
+                    why=why,
+                )
         self._clean(at_work)
 
     # deciding
@@ -320,6 +328,7 @@ class Broker:
                 calls,
                 profile=at_work.name,
                 label=step.label,
+                fingerprint=key.fingerprint,
                 issuer=key.issuer,
                 lease=key.lease,
             )
@@ -378,6 +387,7 @@ class Broker:
             at_work.policy.timeout.total_seconds(),
             profile=at_work.name,
             label=step.label,
+            fingerprint=key.fingerprint,
             revoke_at=revoke_at,
             why=step.why,
         )

@@ -156,17 +156,21 @@ class Operations:
         self._audit("published", profile.name, credential.secret.fingerprint, verified=verified)
         return {}
 
-    def retire(self, profile: str, label: str, revoke_at: datetime, why: str) -> dict[str, Any]:
+    def retire(
+        self, profile: str, label: str, fingerprint: str, revoke_at: datetime, why: str
+    ) -> dict[str, Any]:
         record = Record(self._now(), Event.RETIRED, profile, label, revoke_at=revoke_at, why=why)
         self._write("retired", record)
-        self._audit("retired", profile, "", label=label, why=why)
+        self._audit("retired", profile, fingerprint, label=label, why=why)
         return {}
 
-    def revoke(self, profile: str, label: str, issuer: Issuer, lease: Lease) -> dict[str, Any]:
+    def revoke(
+        self, profile: str, label: str, fingerprint: str, issuer: Issuer, lease: Lease
+    ) -> dict[str, Any]:
         """End a key where it was minted, whatever the configuration says now."""
         source = self._revoker(issuer)
         perform("revoke", lambda: source.revoke(lease))
-        self._gone(profile, label, "revoked")
+        self._gone(profile, label, "revoked", fingerprint)
         return {}
 
     def settle(self, profile: str, label: str, issuer: Issuer, last: bool) -> dict[str, Any]:
@@ -237,9 +241,9 @@ class Operations:
             source.close()
         self._opened.clear()
 
-    def _gone(self, profile: str, label: str, why: str) -> None:
+    def _gone(self, profile: str, label: str, why: str, fingerprint: str = "") -> None:
         self._write("gone", Record(self._now(), Event.GONE, profile, label, why=why))
-        self._audit("revoked", profile, "", label=label, why=why)
+        self._audit("revoked", profile, fingerprint, label=label, why=why)
 
     def _write(self, effect: str, record: Record) -> None:
         perform(effect, lambda: Journal(self.state, self.disk).write(record))

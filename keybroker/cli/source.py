@@ -130,6 +130,7 @@ def _revoke(at: Desk, profile: Profile, label: str, credential: Credential) -> t
         SECONDS,
         profile=profile.name,
         label=label,
+        fingerprint=credential.secret.fingerprint,
         issuer=profile.issuer,
         lease=credential.lease,
     )
