@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Answer:
     """
 
     id: int
-    ok: Mapping[str, Any] | None
+    ok: Mapping[str, Any] | None = field(repr=False)  # may hold a key
     error: KeybrokerError | None
     records: Sequence[Record] | None
 
@@ -59,7 +59,8 @@ class Pool:
         state: The state directory.
         environment: All of ours; workers get what PASSED_ON and `named` allow.
         lock: The owner lock's descriptor, which every worker inherits; None: readers only.
-        named: Further variables that the configuration names.
+        named: Further variables that the configuration names, by the kind of source they are for:
+            a worker of another kind does not have them.
         command: What starts a worker; tests put a program of their own here.
     """
 
@@ -68,12 +69,12 @@ class Pool:
         state: Path,
         environment: Mapping[str, str],
         lock: int | None,
-        named: Iterable[str] = (),
+        named: Mapping[str, Iterable[str]] | None = None,
         command: Sequence[str] | None = None,
     ) -> None:
-        allowed = PASSED_ON.union(named)
         self._state = state
-        self._environment = {k: v for k, v in environment.items() if k in allowed}
+        self._environment = environment
+        self._named = named or {}
         self._lock = lock
         self._command = command or COMMAND
         self._workers: dict[str, _Worker] = {}
@@ -88,7 +89,7 @@ class Pool:
         if worker is None or not worker.send(self._next_id, message, seconds):
             if worker is not None:
                 worker.end()
-            worker = self._workers[kind] = _Worker(self._start)
+            worker = self._workers[kind] = _Worker(lambda: self._start(kind))
             worker.send(self._next_id, message, seconds)
         return self._next_id
 
@@ -136,8 +137,9 @@ class Pool:
         for kind in [kind for kind, worker in self._workers.items() if worker.dead]:
             self._workers.pop(kind).end()
 
-    def _start(self) -> tuple[int, int, int]:
+    def _start(self, kind: str) -> tuple[int, int, int]:
         """Spawn a worker; return its pid, our end of its stdin and of its stdout."""
+        allowed = PASSED_ON.union(self._named.get(kind, ()))
         theirs_in, ours_in = os.pipe()
         ours_out, theirs_out = os.pipe()
         actions: list[tuple[Any, ...]] = [
@@ -151,7 +153,7 @@ class Pool:
             pid = os.posix_spawn(
                 self._command[0],
                 [*self._command, str(os.getpid()), str(self._state)],
-                self._environment,
+                {k: v for k, v in self._environment.items() if k in allowed},
                 file_actions=actions,
             )
         finally:
@@ -227,15 +229,16 @@ class _Worker:
         self.limit = time.monotonic() + oldest[1] + GRACE_SECONDS if oldest else None
 
 
-def variables(config: Config | None) -> set[str]:
-    """Return the environment variables that a configuration's sources name."""
-    names: set[str] = set()
+def variables(config: Config | None) -> dict[str, set[str]]:
+    """Return the environment variables that a configuration's sources name, by their type."""
+    named: dict[str, set[str]] = {}
     for profile in config.profiles.values() if config else ():
+        names = named.setdefault(profile.type, set())
         for value in profile.source.values():
             if isinstance(value, Reference) and value.kind == "env":
                 names.add(str(value.value))
         names.update(profile.source.get("environment", ()))
-    return names
+    return named
 
 
 def _encode(value: Any) -> Any:

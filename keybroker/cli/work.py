@@ -65,7 +65,9 @@ def desk(
     if lock is not None:
         journal.compact()
     records = journal.read()
-    named = variables(config) | _variables(records)
+    named = variables(config)
+    for kind, name in _variables(records):
+        named.setdefault(kind, set()).add(name)
     pool = Pool(where, os.environ, lock, named)
     try:
         wanted = [only] if only is not None else list(config.profiles.values())
@@ -175,11 +177,11 @@ def _open_cache(
     return wrap_key, sealed, lost
 
 
-def _variables(records: list[Record]) -> set[str]:
-    """Return the variables that hold admin keys of issuers that the journal still needs."""
+def _variables(records: list[Record]) -> set[tuple[str, str]]:
+    """Return type and variable of the issuers that the journal still needs an admin key of."""
     issuers = [one.issuer for slots in replay(records).values() for one in slots.all]
     return {
-        str(issuer.admin.value)
+        (issuer.type, str(issuer.admin.value))
         for issuer in issuers
         if issuer.admin is not None and issuer.admin.kind == "env"
     }
