@@ -8,6 +8,7 @@ from keybroker.credential import Reference, Secret
 from keybroker.errors import ConfigError, KeybrokerError, SourceDenied, SourceUnavailable
 
 LARGEST_FILE = 1 << 16
+KEYRING = ("XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS")  # for a program that asks one
 
 
 def resolve(reference: Reference, environment: Mapping[str, str]) -> Secret:
@@ -74,6 +75,8 @@ def _keyring(name: str) -> str:
 
 
 def _run(command: tuple[str, ...], environment: Mapping[str, str]) -> str:
-    from keybroker.sources.command import run
+    from keybroker.sources.command import ALWAYS_PASSED, run
 
-    return run(command, environment, seconds=8.0).decode("utf-8", "replace").strip()
+    passed = (*ALWAYS_PASSED, *KEYRING)  # not the variables that other references name
+    mine = {name: environment[name] for name in passed if name in environment}
+    return run(command, mine, seconds=8.0).decode("utf-8", "replace").strip()
