@@ -166,6 +166,9 @@ def on_the_clock(moment: datetime) -> str:
 
 def _close_to_debuggers() -> None:
     """No core, no ptrace: this process holds keys (Linux)."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         import ctypes
 
