@@ -7,7 +7,7 @@ import json
 import ssl
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -52,8 +52,8 @@ class Reply:
     """An answer, whole. `value` is what its JSON says, None where it is none."""
 
     status: int
-    headers: Mapping[str, str]
-    value: Any
+    headers: Mapping[str, str] = field(repr=False)
+    value: Any = field(repr=False)  # may hold a key
     asked_at: datetime  # our clock, before the call
 
     @property
