@@ -60,6 +60,9 @@ class Secret:
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("a secret is not copied or pickled")
 
+    def __getstate__(self) -> NoReturn:  # what serializers other than pickle ask for
+        raise TypeError("a secret is not copied or pickled")
+
 
 def fingerprint(text: str) -> str:
     """Return the printable stand-in of a secret: 8 hex digits of its SHA-256."""
