@@ -26,9 +26,14 @@ class Where:
             (self.known[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.known),
             self.file,
         )
-        return ConfigError(
-            f"{place}: {'.'.join(path)}: {problem}" if path else f"{place}: {problem}"
-        )
+        key = ".".join(map(_shown, path))
+        return ConfigError(f"{place}: {key}: {problem}" if path else f"{place}: {problem}")
+
+
+def _shown(name: str) -> str:
+    """Return a key's name as an error may say it: a secret may have been pasted in its place."""
+    word = re.fullmatch(r"[A-Za-z_-]{1,24}|[a-z0-9][a-z0-9_-]{0,31}", name)
+    return "…" if word is None or name.startswith("sk-") else name
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,7 @@ def read(files: Sequence[Path]) -> Document:
         found.append(file)
         try:
             document = tomllib.loads(text)
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # not all of them are TOMLDecodeError
             raise ConfigError(f"{file}:{_toml_problem(error, text)}") from None
         places.update({path: f"{file}:{line}" for path, line in key_lines(text).items()})
         _merge(tables, document)
@@ -105,9 +110,10 @@ def _read(file: Path) -> str | None:
 def _toml_problem(error: Exception, text: str) -> str:
     """Return line and problem, in the parser's words but without the file's text."""
     said = str(error)
-    match = re.search(r"\(at (?:line (\d+), column (\d+)|end of document)\)", said)
-    problem = re.sub(r"'[^']*'|\"[^\"]*\"", "…", said.split(" (at ")[0]) if match else "not TOML"
-    line = match[1] if match and match[1] else str(text.count("\n") + 1)
+    match = re.fullmatch(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", said, re.S)
+    # from the first quote to the last, since what is quoted may have quotes in it
+    problem = re.sub(r"""['"].*['"]""", "…", match[1], flags=re.S) if match else "not TOML"
+    line = match[2] if match and match[2] else str(text.count("\n") + 1)
     return f"{line}: {problem[:80]}"
 
 

@@ -95,6 +95,10 @@ def read_reference(value: Any) -> Reference:
         return Reference(kind, read_command(found))
     if not _text(found):
         raise ValueError(f"expected text after {kind}")
+    if looks_like_key(found) or (kind == "env" and not re.fullmatch(r"[A-Za-z_]\w*", found, re.A)):
+        raise ValueError(
+            f"expected the name after {kind} of what holds the key, never a key itself"
+        )
     return Reference(kind, found)
 
 
@@ -147,10 +151,17 @@ def read_headers(value: Any) -> dict[str, str]:
         if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
             raise ValueError("a header's name has a character that HTTP does not allow")
         if not text.isascii() or not text.isprintable():
-            raise ValueError(f"the value of header {name} is not printable ASCII")
+            raise ValueError("the value of a header is not printable ASCII")
+        if looks_like_key(text):
+            raise ValueError("the value of a header looks like a key; this file holds no secret")
         if name.lower() in ("authorization", "x-api-key", "cookie", "proxy-authorization"):
             raise ValueError(f"header {name} would carry a secret; the source sends it itself")
     return headers
+
+
+def looks_like_key(text: str) -> bool:
+    """Say whether somebody pasted a key where its place belongs."""
+    return text.startswith(("sk-", "Bearer "))
 
 
 def one_of(*words: str) -> Kind:
