@@ -67,18 +67,23 @@ def read(files: Sequence[Path]) -> Document:
             document = tomllib.loads(text)
         except (ValueError, RecursionError) as error:  # not all of them are TOMLDecodeError
             raise ConfigError(f"{file}:{_toml_problem(error, text)}") from None
+        for gone in _merge(tables, document):
+            places = {k: place for k, place in places.items() if k[: len(gone)] != gone}
         places.update({path: f"{file}:{line}" for path, line in key_lines(text).items()})
-        _merge(tables, document)
     return Document(tables, Where(places, str(found[-1] if found else "config")), tuple(found))
 
 
-def _merge(into: dict[str, Any], document: Mapping[str, Any]) -> None:
+def _merge(into: dict[str, Any], document: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Put a later document over an earlier one; return the paths of what it replaced."""
+    replaced: list[tuple[str, ...]] = []
     for name, value in document.items():
         old = into.get(name)
         if isinstance(old, dict) and isinstance(value, dict) and name != "source":
-            _merge(old, value)
+            replaced += [(name, *path) for path in _merge(old, value)]
         else:
+            replaced += [(name,)] if name in into else []
             into[name] = value
+    return replaced
 
 
 def _read(file: Path) -> str | None:
@@ -94,7 +99,8 @@ def _read(file: Path) -> str | None:
         raise ConfigError(f"{file}: cannot be read ({error.strerror})") from None
     for path, status in ((file, found), (file.parent, folder)):
         mine = status.st_uid in (0, os.geteuid())
-        loose = status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX
+        sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
+        loose = status.st_mode & 0o022 and not sticky
         if not mine or loose:
             command = f"chmod go-w {path}" if mine else f"chown {os.geteuid()} {path}"
             raise ConfigError(f"{path}: others can write it", hint=f"type: {command}")
@@ -117,8 +123,10 @@ def _toml_problem(error: Exception, text: str) -> str:
     return f"{line}: {problem[:80]}"
 
 
-_HEADER = re.compile(r"\s*\[\[?([^\[\]#]+)\]\]?\s*(?:#.*)?$")
-_PART = re.compile(r"""\s*(?:"([^"\\]*)"|'([^']*)'|([A-Za-z0-9_-]+))\s*(\.|=|$)""")
+# Strings and comments, in which brackets, equals signs and line ends mean nothing.
+_QUOTED = re.compile(
+    r'"{3}(?:\\.|[^\\])*?"{3,5}|\'{3}.*?\'{3,5}|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'|#[^\n]*', re.DOTALL
+)
 
 
 def key_lines(text: str) -> dict[tuple[str, ...], int]:
@@ -130,33 +138,31 @@ def key_lines(text: str) -> dict[tuple[str, ...], int]:
     """
     lines: dict[tuple[str, ...], int] = {}
     table: tuple[str, ...] = ()
-    inside: str | None = None  # the quotes of a multi-line string
-    for number, line in enumerate(text.splitlines(), 1):
-        if inside is not None:
-            if line.count(inside) % 2:
-                inside = None
-            continue
-        header = _HEADER.match(line)
-        if header is not None:
-            table = _parts(header[1] + "=")
+    number, start, depth = 1, 0, 0  # depth: of arrays and inline tables that go on
+    for line in _QUOTED.sub(_masked, text).split("\n"):
+        if depth == 0 and line.lstrip().startswith("["):
+            inner = text[start : start + line.index("]")].lstrip(" \t[")
+            table = _path(inner)
             lines.setdefault(table, number)
-        elif (parts := _parts(line)) and not line.lstrip().startswith("#"):
-            lines.setdefault((*table, *parts), number)
-        for quotes in ('"""', "'''"):
-            if line.count(quotes) % 2:
-                inside = quotes
+        elif depth == 0 and "=" in line:
+            path = _path(text[start : start + line.index("=")])
+            lines.setdefault((*table, *path), number)
+        depth += len(re.findall(r"[\[{]", line)) - len(re.findall(r"[\]}]", line))
+        number += 1 + line.count("\0")
+        start += len(line) + 1
     return lines
 
 
-def _parts(text: str) -> tuple[str, ...]:
-    """Read `a."b c".d =` as its parts; nothing when it is not a key."""
-    parts: list[str] = []
-    at = 0
-    while match := _PART.match(text, at):
-        parts.append(next(part for part in match.groups()[:3] if part is not None))
-        at = match.end()
-        if match[4] == "=":
-            return tuple(parts)
-        if match[4] != ".":
-            return ()
-    return ()
+def _masked(quoted: re.Match[str]) -> str:
+    """Return as many letters as a string has; its line ends are kept apart from real ones."""
+    return re.sub(r"[^\n]", "x", quoted[0]).replace("\n", "\0")
+
+
+def _path(key: str) -> tuple[str, ...]:
+    """Read `a."b c".d` as its parts."""
+    found: Any = tomllib.loads(f"{key} = 0")
+    parts = []
+    while isinstance(found, dict):
+        [(part, found)] = found.items()
+        parts.append(part)
+    return tuple(parts)
