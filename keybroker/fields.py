@@ -43,7 +43,9 @@ class Field:
 
 def read_duration(value: Any) -> timedelta:
     """Read `90s`, `1.5h`, `250ms`: a number and one of ms, s, m, h, d."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)(ms|s|m|h|d)", value if _text(value) else "")
+    match = re.fullmatch(
+        r"([0-9]{1,9}(?:\.[0-9]{1,6})?)(ms|s|m|h|d)", value if _text(value) else ""
+    )
     if match is None:
         raise ValueError('expected a duration such as "90s", "15m" or "12h"')
     length = float(match[1]) * UNITS[match[2]]
@@ -55,9 +57,9 @@ def read_duration(value: Any) -> timedelta:
 def show_duration(length: timedelta) -> str:
     """Write a duration as the file has it, in the largest unit that divides it."""
     for unit, one in reversed(UNITS.items()):
-        if length % one == timedelta(0):
+        if length % one == timedelta(0) and length // one < 10**9:
             return f"{length // one}{unit}"
-    return f"{length / UNITS['ms']:g}ms"
+    return f"{length.total_seconds():.6f}".rstrip("0") + "s"
 
 
 def read_url(value: Any) -> str:
@@ -179,13 +181,13 @@ def _text(value: object) -> bool:
 
 TEXT = Kind(read_text, {"type": "string", "minLength": 1})
 TEXTS = Kind(read_texts, {"type": "array", "items": {"type": "string", "minLength": 1}})
-TABLE = Kind(read_table, {"type": "object", "additionalProperties": {"type": "string"}})
-HEADERS = Kind(read_headers, {"type": "object", "additionalProperties": {"type": "string"}})
+TABLE = Kind(read_table, {"type": "object", "additionalProperties": TEXT.schema})
+HEADERS = Kind(read_headers, {"type": "object", "additionalProperties": TEXT.schema})
 BOOLEAN = Kind(read_boolean, {"type": "boolean"})
 COUNT = Kind(read_count, {"type": "integer", "minimum": 1})
 AMOUNT = Kind(read_amount, {"type": "number", "exclusiveMinimum": 0})
 URL = Kind(read_url, {"type": "string", "pattern": "^https?://[^/?#@]+"})
-DURATION = Kind(read_duration, {"type": "string", "pattern": r"^\d+(\.\d+)?(ms|s|m|h|d)$"})
+DURATION = Kind(read_duration, {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?(ms|s|m|h|d)$"})
 COMMAND = Kind(read_command, {**TEXTS.schema, "minItems": 1})
 REFERENCE = Kind(
     read_reference,
@@ -195,9 +197,9 @@ REFERENCE = Kind(
         "maxProperties": 1,
         "additionalProperties": False,
         "properties": {
-            "env": {"type": "string"},
-            "file": {"type": "string"},
-            "keyring": {"type": "string"},
+            "env": TEXT.schema,
+            "file": TEXT.schema,
+            "keyring": TEXT.schema,
             "command": COMMAND.schema,
         },
     },
