@@ -151,6 +151,7 @@ class Profile:
 
     @property
     def policy(self) -> Policy:
+        """The numbers that the rule goes by."""
         common = {
             "kind": self.kind,
             "issuer": self.issuer,

@@ -116,6 +116,8 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Credential:
+    """A key and what its issuer promised of it."""
+
     secret: Secret
     lease: Lease
 

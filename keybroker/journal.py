@@ -107,6 +107,7 @@ def decode(found: Mapping[str, Any]) -> Record:
 
 
 def encode_issuer(issuer: Issuer) -> dict[str, Any]:
+    """Return an issuer as its record has it: the reference to the admin key, never the key."""
     values: dict[str, Any] = {"type": issuer.type, "url": issuer.url}
     if issuer.admin is not None:
         value = issuer.admin.value
@@ -117,6 +118,7 @@ def encode_issuer(issuer: Issuer) -> dict[str, Any]:
 
 
 def decode_issuer(found: Mapping[str, Any]) -> Issuer:
+    """Read an issuer back; ValueError, KeyError or TypeError when it is not one."""
     admin = None
     if "admin" in found:
         [(kind, value)] = found["admin"].items()
@@ -126,6 +128,7 @@ def decode_issuer(found: Mapping[str, Any]) -> Issuer:
 
 
 def encode_lease(lease: Lease) -> dict[str, Any]:
+    """Return a lease as its record has it."""
     values: dict[str, Any] = {
         "id": lease.id,
         "source": lease.source,
@@ -138,6 +141,7 @@ def encode_lease(lease: Lease) -> dict[str, Any]:
 
 
 def decode_lease(found: Mapping[str, Any]) -> Lease:
+    """Read a lease back; ValueError, KeyError or TypeError when it is not one."""
     return Lease(
         id=_text(found["id"]),
         source=_text(found["source"]),

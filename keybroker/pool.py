@@ -267,6 +267,7 @@ def _decode(line: bytes) -> Answer:
 
 
 def decode_error(found: Mapping[str, Any]) -> KeybrokerError:
+    """Make the error of a worker's answer, of the class that its code names."""
     kind = CLASSES.get(found["code"], KeybrokerError)
     if issubclass(kind, SourceError):
         seconds = found.get("retry_after_s")

@@ -13,6 +13,8 @@ from keybroker.credential import Issuer, Lease, Verdict
 
 
 class Event(StrEnum):
+    """What a line of the journal says happened to a label."""
+
     WANTED = "wanted"  # about to ask for a key under this label
     HAVE = "have"  # the source answered with a lease
     SWAP = "swap"  # verified, cached, handed out from now on; the one before is retired

@@ -124,6 +124,7 @@ class Operations:
         return {"credential": encode_credential(credential)}
 
     def verify(self, profile: Profile, secret: Secret) -> dict[str, Any]:
+        """Look at the gateway once with a key."""
         verdict = perform("verify", lambda: self._source(profile).verify(secret))
         self._audit(
             "verified",

@@ -30,6 +30,8 @@ ACT_SECONDS = 30.0
 
 
 class Duration(click.ParamType[timedelta]):
+    """A duration as the configuration file has it: 90s, 30m, 12h."""
+
     name = "duration"
 
     def convert(

@@ -24,6 +24,8 @@ ALWAYS_PASSED = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ", "TMP
 
 
 class Command:
+    """Runs the program of a profile; its stderr is dropped, since it may show a key."""
+
     capabilities = Capabilities(Kind.FOLLOWED)
 
     def __init__(self, profile: Profile, environment: Mapping[str, str]) -> None:

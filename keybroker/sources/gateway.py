@@ -48,6 +48,7 @@ class Gateway:
 
     @classmethod
     def of(cls, profile: Profile, info: Method | None = None) -> "Gateway":
+        """Return the gateway of a profile; `info` is its key API's own look."""
         http = Http(
             "gateway",
             profile.base_url,

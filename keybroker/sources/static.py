@@ -14,6 +14,8 @@ from keybroker.sources import Capabilities, gateway, reference
 
 
 class Static:
+    """Reads the key of a profile anew each time, so that its owner may rotate it."""
+
     capabilities = Capabilities(Kind.FOLLOWED)
 
     def __init__(self, profile: Profile, environment: Mapping[str, str]) -> None:
