@@ -23,6 +23,8 @@ SETTLED = LOOK_UPS[1]  # looked up after this, an open label no longer counts as
 
 
 class Kind(StrEnum):
+    """Whose keys they are."""
+
     MINTED = "minted"  # ours: journalled, retired, revoked
     FOLLOWED = "followed"  # somebody else rotates it: read, verified, dropped when replaced
 
@@ -64,6 +66,8 @@ class Poll:
 
 @dataclass(frozen=True, slots=True)
 class Verify:
+    """Look at the gateway with a key."""
+
     label: str
 
 
@@ -84,6 +88,8 @@ class Retire:
 
 @dataclass(frozen=True, slots=True)
 class Revoke:
+    """End a key where it was minted."""
+
     label: str
 
 
@@ -149,6 +155,7 @@ def usable(key: Key | None, policy: Policy, now: datetime) -> bool:
 
 
 def phase(slots: Slots, policy: Policy, now: datetime) -> Phase:
+    """Say how the current key stands."""
     key = slots.current
     if key is None:
         return Phase.NONE
