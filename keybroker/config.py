@@ -311,8 +311,9 @@ def _contradictions(profile: Profile) -> Iterator[tuple[str, str]]:
     lifetime: timedelta = profile.source["lifetime"]
     if lifetime % timedelta(seconds=1):
         yield "source.lifetime", "expected whole seconds"
-    least = shortest_lifetime(profile.hold)
-    if lifetime < least:
+    if lifetime < shortest_lifetime(profile.hold):
+        # rounded up; both ways that are offered must work when they are typed
+        least = -_whole(-max(shortest_lifetime(profile.hold), 4 * profile.helper_ttl))
         yield (
             "source.lifetime",
             (
@@ -336,7 +337,7 @@ def _contradictions(profile: Profile) -> Iterator[tuple[str, str]]:
 
 def _whole(length: timedelta) -> timedelta:
     """Round down to what reads well."""
-    one = timedelta(seconds=1) if length >= timedelta(seconds=1) else timedelta(milliseconds=1)
+    one = timedelta(milliseconds=1 if timedelta(0) < length < timedelta(seconds=1) else 1000)
     return length // one * one
 
 
