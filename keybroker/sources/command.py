@@ -132,14 +132,14 @@ def run(command: Sequence[str], environment: Mapping[str, str], seconds: float) 
                     f"command: {name} took longer than {seconds:g} s", hint="run it by hand"
                 )
         finally:
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, PermissionError):  # of another user, or a zombie
                 os.killpg(process.pid, signal.SIGKILL)
-    if process.returncode not in (0, -signal.SIGKILL):
+    if len(output) > LARGEST_OUTPUT:
+        raise SourceInvalid(f"command: {name} printed more than 64 KiB")
+    if process.returncode != 0:  # killed from outside, it may have printed half a key
         raise SourceUnavailable(
             f"command: {name} ended with status {process.returncode}", hint="run it by hand"
         )
-    if len(output) > LARGEST_OUTPUT:
-        raise SourceInvalid(f"command: {name} printed more than 64 KiB")
     if not output.strip():
         raise SourceInvalid(f"command: {name} printed nothing", hint="run it by hand")
     return output
