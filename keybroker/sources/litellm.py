@@ -167,7 +167,8 @@ class LiteLLM:
         info = reply.value.get("info") if isinstance(reply.value, dict) else None
         if reply.status != 200 or not isinstance(info, dict):
             return Verdict(Look.UNDECIDED, "info", f"{reply.status} error")
-        if info.get("status") in ("deleted", "expired", "revoked") or info.get("blocked") is True:
+        ended = info.get("status") in ("deleted", "expired", "revoked")
+        if ended or info.get("blocked") is True or _is_over(info.get("expires"), reply):
             return Verdict(Look.REFUSED, "info", "the key API says that it is gone")
         return Verdict(Look.ALIVE, "info", "200")
 
@@ -234,6 +235,14 @@ def _row(row: Mapping[str, Any], now: datetime) -> tuple[str, Lease] | None:
     except (KeyError, ValueError, TypeError):
         issued = now.astimezone(UTC)
     return alias, Lease(token, "litellm", issued, ends, revocable=True)
+
+
+def _is_over(expires: object, reply: Reply) -> bool:
+    """Tell whether an end has passed; versions before `status` leave that to the reader."""
+    try:
+        return read_time(expires) <= reply.asked_at + reply.skew
+    except (ValueError, TypeError):  # it has none
+        return False
 
 
 def _made_by_proxy(reply: Reply) -> Secret:
