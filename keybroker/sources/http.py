@@ -38,7 +38,7 @@ PROBLEMS: dict[type[Exception], tuple[str, bool]] = {
     httpx.ReadError: ("ended the connection without an answer", True),
     httpx.WriteError: ("ended the connection while it was asked", True),
     httpx.CloseError: ("ended the connection badly", True),
-    httpx.RemoteProtocolError: ("answered with something that is not HTTP", True),
+    httpx.RemoteProtocolError: ("broke off its answer, or speaks no HTTP", True),
     httpx.DecodingError: ("answered with something that cannot be unpacked", True),
     httpx.TooManyRedirects: ("redirects without end", True),
     httpx.HTTPError: ("failed", True),
@@ -162,6 +162,11 @@ class Http:
         self.close()
         self._until = time.monotonic() + self.seconds
 
+    @property
+    def is_late(self) -> bool:
+        """Whether the time that `fresh` gave is over."""
+        return self._until is not None and time.monotonic() >= self._until
+
     def _opened(self) -> httpx.Client:
         if self._client is None:
             context = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -170,9 +175,15 @@ class Http:
                     context.load_verify_locations(cafile=self._ca)
                 except (OSError, ssl.SSLError):
                     raise ConfigError(f"ca: {self._ca}: is not a readable PEM file") from None
-            self._client = httpx.Client(
-                verify=context, follow_redirects=False, headers=self._headers
-            )
+            try:
+                self._client = httpx.Client(
+                    verify=context, follow_redirects=False, headers=self._headers
+                )
+            except (ValueError, httpx.InvalidURL):  # their texts repeat the proxy's password
+                raise ConfigError(
+                    f"{self.speaker}: a proxy variable of the environment cannot be used",
+                    hint="see HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY",
+                ) from None
         return self._client
 
     def _body(self, response: httpx.Response, deadline: float) -> bytes:
