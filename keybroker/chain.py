@@ -67,7 +67,9 @@ class Chain:
                     first = _line({"n": 0, "format": FORMAT, "kind": self._kind}, "")
                     self._disk.append(self.path, first + b"\n")
                     lines = [first]
-                number = self._parse(lines[-1], 0).get("n", 0)
+                number = self._parse(lines[-1], 0).get("n")
+                if not isinstance(number, int):
+                    raise self._problem("the last line is damaged")
                 line = _line({"n": number + 1, **values}, _link(lines[-1]))
                 if len(line) >= LONGEST_LINE:
                     raise self._problem("a record is too long to be written")
