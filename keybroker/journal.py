@@ -38,13 +38,16 @@ class Journal:
         """
         self._chain.append(encode(record), sync=True)
 
-    def compact(self) -> None:
+    def compact(self, above: int = COMPACT_ABOVE) -> None:
         """
         Drop what is over: records of labels that are gone, but for the newest label of each
         profile (the retry interval counts from it) and the newest record (so does the clock).
+
+        A key may have been retired by the record of another that is gone by now: each gets a
+        record of its own.
         """
         records = self.read()
-        if len(records) <= COMPACT_ABOVE:
+        if len(records) <= above:
             return
         known = replay(records)
         keep = {one.label for slots in known.values() for one in slots.all}
@@ -52,12 +55,17 @@ class Journal:
         keep.update(newest.values())
         last = records[-1]
         kept = [record for record in records if record.label in keep or record is last]
+        kept += [
+            Record(last.at, Event.RETIRED, name, key.label, revoke_at=key.revoke_at, why=key.why)
+            for name, slots in known.items()
+            for key in slots.retired
+        ]
         self._chain.rewrite(encode(record) for record in kept)
 
     def _decoded(self, line: int, found: Mapping[str, Any]) -> Record:
         try:
             return decode(found)
-        except (KeyError, ValueError, TypeError, AttributeError):
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
             raise JournalError(
                 f"journal: {self._chain.path}: line {line} is damaged",
                 hint="nothing is minted until this is mended; see docs/recovery.md",
