@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from keybroker.credential import sha256
-from keybroker.errors import ConfigError
+from keybroker.errors import ConfigError, JournalError
 
 OWNER_LOCK = "owner.lock"
 JOURNAL = "journal.jsonl"
@@ -167,8 +167,15 @@ def take_owner_lock(state: Path) -> int | None:
     Returns:
         A file descriptor that holds the lock until it and every copy that a worker inherited
         are closed; None when another process has it.
+
+    Raises:
+        JournalError: The file cannot be opened: nobody may write the journal.
     """
-    held = os.open(private_directory(state) / OWNER_LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    file = private_directory(state) / OWNER_LOCK
+    try:
+        held = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise JournalError(f"{file}: cannot be locked ({error.strerror})") from None
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 from datetime import datetime, timedelta
 
 import click
@@ -72,37 +73,37 @@ def answer(config: Config, profile: Profile, *, say: bool = True) -> Credential:
     Raises:
         KeybrokerError: There is none, and why.
     """
-    lock = paths.take_owner_lock(state())
     try:
-        if lock is None:
-            found = _from_cache(config, profile)
-            if found is not None:
-                return _hand_out(profile, found, say)
-            with owner(ANSWER_SECONDS) as lock_later:
-                return _as_owner(config, profile, lock_later, say)
-        return _as_owner(config, profile, lock, say)
-    finally:
+        lock = paths.take_owner_lock(state())
         if lock is not None:
-            os.close(lock)
-
-
-def _as_owner(config: Config, profile: Profile, lock: int, say: bool) -> Credential:
-    try:
-        with desk(config, lock=lock, only=profile) as at:
-            broker = at.broker
-            drive(at, lambda: broker.settled(profile.name), ANSWER_SECONDS)
-            found = broker.credential(profile.name)
-            if found is None:
-                raise broker.why_not(profile.name)
-            _hand_out(profile, found, say)
-            drive(at, lambda: False, AFTERWARDS_SECONDS, patience=0)
-            return found
+            try:
+                return _as_owner(config, profile, lock, say)
+            finally:
+                os.close(lock)
+        found = _from_cache(config, profile)
+        if found is not None:
+            return _hand_out(profile, found, say)
+        with owner(ANSWER_SECONDS) as lock:
+            return _as_owner(config, profile, lock, say)
     except JournalError:
         # Nothing may be minted; what was sealed and is alive is still good for its reader.
         kept = _from_cache(config, profile, journal_is_broken=True)
         if kept is None:
             raise
         return _hand_out(profile, kept, say)
+
+
+def _as_owner(config: Config, profile: Profile, lock: int, say: bool) -> Credential:
+    with desk(config, lock=lock, only=profile) as at:
+        broker = at.broker
+        drive(at, lambda: broker.settled(profile.name), ANSWER_SECONDS)
+        found = broker.credential(profile.name)
+        if found is None:
+            raise broker.why_not(profile.name)
+        _hand_out(profile, found, say)
+        with suppress(JournalError):  # it was answered, and is not answered twice
+            drive(at, lambda: False, AFTERWARDS_SECONDS, patience=0)
+        return found
 
 
 def _from_cache(
