@@ -126,27 +126,37 @@ def find_wrap_key(kind: str, state: Path, environment: Mapping[str, str]) -> Wra
     if kind == "memory":
         return WrapKey(None, "memory only, as configured")
     if directory := environment.get("CREDENTIALS_DIRECTORY"):
-        found = Disk().read(Path(directory) / CREDENTIAL)
+        file = Path(directory) / CREDENTIAL
+        try:
+            found = Disk().read(file)
+        except OSError as error:
+            raise CacheError(f"cache: {file}: cannot be read ({error.strerror})") from None
         if found:
             return WrapKey(Secret(sha256(b"keybroker wrap " + found)), "systemd credential")
     if kind == "file":
         return WrapKey(_from_file(private_directory(state) / WRAP_KEY), "key file")
     try:
-        return WrapKey(_from_keyring(f"wrap-key {state.name}"), "OS keyring")
+        return WrapKey(_from_keyring(private_directory(state)), "OS keyring")
     except CacheLocked as error:
         if kind == "keyring":
             raise
         return WrapKey(None, f"memory only: {error.message}")
 
 
-def _from_keyring(name: str) -> Secret:
+def _from_keyring(state: Path) -> Secret:
     from keybroker import oskeyring
 
+    name = f"wrap-key {state.name}"
     if (found := oskeyring.read(name)) is not None and _is_key(found):
         return Secret(found)
-    made = _new_key()
-    oskeyring.write(name, made)
-    return Secret(made)
+    try:
+        with Disk().lock(state / WRAP_KEY):  # two processes that find none make one
+            if (found := oskeyring.read(name)) is None or not _is_key(found):
+                found = _new_key()
+                oskeyring.write(name, found)
+    except OSError as error:
+        raise CacheLocked(f"cache: {state}: cannot be locked ({error.strerror})") from None
+    return Secret(found)
 
 
 def _from_file(path: Path) -> Secret:
@@ -154,8 +164,10 @@ def _from_file(path: Path) -> Secret:
     try:
         found = disk.read(path)
         if found is None:
-            disk.replace(path, _new_key().encode())
-            found = disk.read(path) or b""
+            with disk.lock(path):  # two processes that find none make one
+                if (found := disk.read(path)) is None:
+                    found = _new_key().encode()
+                    disk.replace(path, found)
         mode = os.lstat(path).st_mode
     except OSError as error:
         raise CacheError(f"cache: {path}: cannot be used ({error.strerror})") from None
