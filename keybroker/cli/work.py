@@ -55,7 +55,8 @@ def desk(
         config: As loaded; an empty one where only the journal matters.
         lock: The owner lock, or None to read only.
         mints: New keys may be asked for.
-        only: The one profile whose sealed key is needed; None: all.
+        only: The one profile whose sealed key is read; None: all. An owner reads all of them: it
+            acts for every profile, and a key that it could not read would count as lost.
 
     Raises:
         JournalError: The journal cannot be read.
@@ -70,7 +71,10 @@ def desk(
         named.setdefault(kind, set()).add(name)
     pool = Pool(where, os.environ, lock, named)
     try:
-        wanted = [only] if only is not None else list(config.profiles.values())
+        wanted = list(config.profiles.values())
+        if only is not None:
+            others = [one for one in wanted if one is not only and lock is not None]
+            wanted = [only, *others]
         wrap_key, sealed, lost = _open_cache(pool, config, wanted)
         broker = Broker(
             config.profiles.values(),
