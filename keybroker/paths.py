@@ -81,6 +81,9 @@ def private_directory(path: Path) -> Path:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with suppress(FileExistsError):
             path.mkdir(mode=0o700)
+            for above in (path.parent, path.parent.parent):  # a synced file needs its folder
+                with suppress(OSError):
+                    _sync_directory(above)
         found = os.lstat(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be created ({error.strerror})") from None
