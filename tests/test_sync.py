@@ -500,3 +500,16 @@ def test_the_audit_log_is_not_waited_for(tmp_path: Path) -> None:
     assert disk.files[tmp_path / paths.AUDIT]
     disk.lose()
     assert disk.files[tmp_path / paths.AUDIT] == b""
+
+
+def test_a_new_folder_is_synced_into_those_above_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A journal that is on the disk in a folder that is not would be lost with it."""
+    synced: list[Path] = []
+    monkeypatch.setattr(paths, "_sync_directory", synced.append)
+    state = tmp_path / "keybroker" / "machine"
+    paths.private_directory(state)
+    assert synced == [tmp_path / "keybroker", tmp_path]
+    paths.private_directory(state)
+    assert len(synced) == 2
