@@ -342,7 +342,23 @@ for number in range(3, 256):
         pass
 print("files:" + ",".join(map(str, open_)))
 """
-        assert issue(python(code)).secret.reveal() == "files:"
+        ours, theirs = os.pipe()
+        os.write(theirs, b"not for it")
+        kept = os.dup(0)
+        os.dup2(ours, 0)
+        try:
+            assert issue(python(code)).secret.reveal() == "files:"
+        finally:
+            os.dup2(kept, 0)
+            for descriptor in (ours, theirs, kept):
+                os.close(descriptor)
+
+
+def test_its_stderr_is_seen_by_nobody(python: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    """Whether it succeeds or fails: a program may show its key there."""
+    issue(python(f"import sys; print('{KEY}'); print('canary', file=sys.stderr)"))
+    fails(SourceUnavailable, python("import sys; sys.exit('canary')"))
+    assert capfd.readouterr() == ("", "")
 
 
 def test_it_is_found_on_the_path_that_it_is_given(tmp_path: Path) -> None:
