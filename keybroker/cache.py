@@ -111,7 +111,12 @@ class Cache:
             ) from None
 
     def _file(self, profile: str) -> Path:
-        return self._directory / f"{profile}.sealed"
+        return sealed_file(self._directory.parent, profile)
+
+
+def sealed_file(state: Path, profile: str) -> Path:
+    """Return where a profile's credential is sealed; its time tells when that was."""
+    return state / CACHE / f"{profile}.sealed"
 
 
 def find_wrap_key(kind: str, state: Path, environment: Mapping[str, str]) -> WrapKey:

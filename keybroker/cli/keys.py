@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from contextlib import suppress
 from datetime import datetime, timedelta
 
@@ -9,8 +10,19 @@ import click
 
 from keybroker import paths
 from keybroker.audit import Audit, asker
+from keybroker.cache import sealed_file
 from keybroker.cli.base import in_words, on_the_clock, print_json, progress
-from keybroker.cli.work import Desk, configuration, desk, drive, minted, owner, sealed_alone, state
+from keybroker.cli.work import (
+    Desk,
+    at_work_elsewhere,
+    configuration,
+    desk,
+    drive,
+    minted,
+    owner,
+    sealed_alone,
+    state,
+)
 from keybroker.clock import Clock, judge
 from keybroker.config import Config, Profile
 from keybroker.credential import Credential
@@ -18,6 +30,7 @@ from keybroker.errors import (
     ConfigError,
     JournalError,
     NotReady,
+    SourceDenied,
     SourceUnavailable,
 )
 from keybroker.fields import read_duration
@@ -73,18 +86,22 @@ def answer(config: Config, profile: Profile, *, say: bool = True) -> Credential:
     Raises:
         KeybrokerError: There is none, and why.
     """
+    until = time.monotonic() + ANSWER_SECONDS
+    sealed, seen = sealed_file(state(), profile.name), None
     try:
-        lock = paths.take_owner_lock(state())
-        if lock is not None:
-            try:
-                return _as_owner(config, profile, lock, say)
-            finally:
-                os.close(lock)
-        found = _from_cache(config, profile)
-        if found is not None:
-            return _hand_out(profile, found, say)
-        with owner(ANSWER_SECONDS) as lock:
+        while (lock := paths.take_owner_lock(state())) is None:
+            # Its owner may be waiting for the network, or be about to seal what we wait for.
+            written = sealed.stat().st_mtime_ns if sealed.exists() else None
+            if written != seen and (found := _from_cache(config, profile)) is not None:
+                return _hand_out(profile, found, say)
+            seen = written
+            if time.monotonic() > until:
+                raise at_work_elsewhere()
+            time.sleep(0.05)
+        try:
             return _as_owner(config, profile, lock, say)
+        finally:
+            os.close(lock)
     except JournalError:
         # Nothing may be minted; what was sealed and is alive is still good for its reader.
         kept = _from_cache(config, profile, journal_is_broken=True)
@@ -261,12 +278,19 @@ def _revoke(at: Desk, name: str) -> dict[str, object]:
     count = len(at.broker.slots(name).keys)
     at.broker.retire(name, "revoked by request", now=True)
     with progress(f"{name}: revoking"):
-        drive(at, lambda: not at.broker.slots(name).keys, ACT_SECONDS)
+        drive(at, lambda: _revoked_or_denied(at, name), ACT_SECONDS)
     at.pool.call("cache", "forget", ACT_SECONDS, profile=name)
     slots = at.broker.slots(name)
     left = len(slots.keys)
     problem = slots.trouble.message if slots.trouble else None
     return {"profile": name, "revoked": count - left, "left": left, "error": problem}
+
+
+def _revoked_or_denied(at: Desk, name: str) -> bool:
+    """Say whether trying again now would be no use."""
+    slots = at.broker.slots(name)
+    denied = slots.trouble is not None and slots.trouble.code == SourceDenied.code
+    return not slots.keys or (denied and all(key.failures for key in slots.keys))
 
 
 @click.command("sweep")

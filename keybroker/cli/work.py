@@ -103,16 +103,20 @@ def owner(seconds: float = 10.0) -> Iterator[int]:
     until = time.monotonic() + seconds
     while (lock := paths.take_owner_lock(state())) is None:
         if time.monotonic() > until:
-            raise NobodyAnswers(
-                "another keybroker is at work on the same state directory",
-                hint="try again when it is done",
-            )
+            raise at_work_elsewhere()
         time.sleep(0.05)
     try:
         yield lock
     finally:
         with suppress(OSError):
             os.close(lock)
+
+
+def at_work_elsewhere() -> NobodyAnswers:
+    return NobodyAnswers(
+        "another keybroker is at work on the same state directory",
+        hint="try again when it is done",
+    )
 
 
 def drive(
