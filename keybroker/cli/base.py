@@ -29,8 +29,21 @@ COMMANDS = {
 LONGEST_LINE = 200
 
 
+class _NobodyReadsError(Exception):
+    """Our stdout is a pipe without a reader; click would make a plain 1 of BrokenPipeError."""
+
+
 class _Commands(click.Group):
     """Imports a command's module when it is typed, so that --help costs nothing."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            try:
+                return super().invoke(ctx)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            raise _NobodyReadsError from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -74,7 +87,7 @@ def run(arguments: Sequence[str]) -> int:
         return 130
     except KeybrokerError as error:
         return say(error, one_line=arguments[:1] == ["get"])
-    except BrokenPipeError:
+    except _NobodyReadsError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except KeyboardInterrupt:
@@ -89,7 +102,7 @@ def say(error: KeybrokerError, *, one_line: bool = False) -> int:
     """Write an error to stderr; return its exit status."""
     hint = error.hint
     if one_line:  # Claude Code shows this line as it is
-        text = f"keybroker: {error.message}" + (f". {hint[0].upper()}{hint[1:]}" if hint else "")
+        text = f"keybroker: {error.message}" + (f"; {hint}" if hint else "")
         text = " ".join(text.split())
         print(
             text if len(text) <= LONGEST_LINE else f"{text[: LONGEST_LINE - 1]}…", file=sys.stderr
