@@ -234,7 +234,7 @@ class Operations:
         """Put a failure into the audit log, from where `status` has the last one."""
         profile = message.get("profile")
         name = profile.get("name") if isinstance(profile, dict) else profile
-        if isinstance(name, str):
+        if isinstance(name, str) and message["op"] != "load":  # reading leaves no trace
             self._audit("failed", name, "", op=str(message["op"]), message=error.message)
 
     def close(self) -> None:
@@ -279,6 +279,7 @@ def answer(operations: Operations, message: Mapping[str, Any]) -> dict[str, Any]
         method = getattr(operations, str(message["op"]))
         reply["ok"] = method(**_arguments(message))
     except KeybrokerError as error:
+        operations.failed(message, error)
         reply["error"] = encode_error(error)
     except Exception as error:  # its text may hold a secret; its type does not
         problem = KeybrokerError(
