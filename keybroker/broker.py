@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from typing import Any, Protocol
 
 from keybroker import rotation
-from keybroker.clock import Clock, Instant, Reading, judge
+from keybroker.clock import Clock, Instant, Reading, earlier, judge
 from keybroker.config import Profile
 from keybroker.credential import Credential, Issuer, Lease, Look, Secret, Verdict
 from keybroker.errors import (
@@ -22,11 +22,12 @@ from keybroker.errors import (
     SourceDenied,
     SourceError,
     SourceInvalid,
+    SourceUnavailable,
 )
 from keybroker.journal import decode_issuer, decode_lease
 from keybroker.pool import Answer
 from keybroker.rotation import Kind, Policy
-from keybroker.slots import Event, Key, Record, Slots, Trouble, fold, replay
+from keybroker.slots import Event, Key, Record, Slots, Trouble, fold, replay, without
 
 EXTRA_SECONDS = 4.0  # a worker's hard timer beyond its calls' own deadlines
 
@@ -71,8 +72,8 @@ class _Profile:
     profile: Profile | None
     policy: Policy
     slots: Slots
+    anchor: Instant  # the clocks when the current key was published, or when we began
     secrets: dict[str, Credential] = field(default_factory=dict)  # by label
-    anchor: Instant | None = None
     doubt: bool = False  # the clocks disagree: verify the current key before it is printed
     busy: "tuple[int, rotation.Step, str] | None" = None  # request, step, label
 
@@ -120,7 +121,11 @@ class Broker:
         slots = replay(known)
         for profile in profiles:
             at_work = _Profile(
-                profile.name, profile, profile.policy, slots.pop(profile.name, Slots())
+                profile.name,
+                profile,
+                profile.policy,
+                slots.pop(profile.name, Slots()),
+                self._clock.read(),
             )
             self._profiles[profile.name] = at_work
             self._adopt(at_work, sealed.get(profile.name))
@@ -129,13 +134,12 @@ class Broker:
             if first is not None:
                 hold = max((k.hold for k in left.keys), default=timedelta())
                 policy = Policy(Kind.MINTED, first, hold)
-                self._profiles[name] = _Profile(name, None, policy, left)
+                self._profiles[name] = _Profile(name, None, policy, left, self._clock.read())
 
     def now(self, name: str | None = None) -> datetime:
         """Return the time to reckon with: for a profile, the later of its clocks."""
         instant = self._clock.read()
-        anchor = self._profiles[name].anchor if name is not None else None
-        return judge(anchor, instant).now if anchor is not None else instant.wall
+        return instant.wall if name is None else judge(self._profiles[name].anchor, instant).now
 
     def slots(self, name: str) -> Slots:
         return self._profiles[name].slots
@@ -239,7 +243,9 @@ class Broker:
 
     def _step(self, at_work: _Profile) -> rotation.Step:
         slots, policy = at_work.slots, at_work.policy
-        now = self.now(at_work.name)
+        instant = self._clock.read()
+        now = self._plan_time(at_work, instant)
+        slots = _by_earlier_clock(slots, instant, now)
         put_off: list[datetime] = []
         # A key whose secret is nowhere cannot be handed out: its readers get their hold.
         for key in (slots.next, slots.current):
@@ -247,21 +253,29 @@ class Broker:
                 if key.not_before is None or key.not_before <= now:
                     return rotation.Retire(key.label, _why_lost(at_work))
                 put_off.append(key.not_before)
-                slots = replace(slots, current=None) if key is slots.current else slots
+                slots = without(slots, key.label)
+                policy = replace(policy, max_live=policy.max_live - 1)
         if at_work.doubt and slots.current is not None:
-            later = slots.current.not_before
-            if later is None or later <= now:
+            again = slots.current.not_before
+            if again is None or again <= now:
                 return rotation.Verify(slots.current.label)
-            put_off.append(later)
+            put_off.append(again)
         may_issue = self._mints and at_work.profile is not None and not self._cannot_keep(at_work)
         step = rotation.next_step(slots, policy, now)
         if isinstance(step, rotation.Issue) and not may_issue:
             step = rotation.next_step(slots, replace(policy, max_live=0), now)
         if isinstance(step, rotation.Wait):
-            return rotation.Wait(
-                min([*put_off, *([step.until] if step.until else [])], default=None)
-            )
+            if step.until is not None:
+                put_off.append(step.until)
+            until = min(put_off, default=None)
+            return rotation.Wait(None if until is None else instant.wall + (until - now))
         return step
+
+    def _plan_time(self, at_work: _Profile, instant: Instant) -> datetime:
+        """A new key's times are by the wall clock; the current one's by the later of both."""
+        if at_work.slots.next is not None:
+            return instant.wall
+        return judge(at_work.anchor, instant).now
 
     def _cannot_keep(self, at_work: _Profile) -> bool:
         return self._wrap_key is None and not self._keeps and at_work.policy.kind is Kind.MINTED
@@ -437,7 +451,7 @@ class Broker:
             at_work.slots = fold(at_work.slots, record)
 
     def _finish(self, at_work: _Profile, step: rotation.Step, label: str, answer: Answer) -> None:
-        now, policy = self.now(at_work.name), at_work.policy
+        now, policy = self._plan_time(at_work, self._clock.read()), at_work.policy
         if answer.error is not None:
             if isinstance(step, rotation.Issue | rotation.Poll):
                 self._fail(at_work, answer.error)
@@ -449,9 +463,7 @@ class Broker:
         if isinstance(step, rotation.Issue):
             credential = _credential(ok["credential"])
             at_work.secrets[label] = credential
-            at_work.slots = rotation.worked(at_work.slots)
         elif isinstance(step, rotation.Poll):
-            at_work.slots = rotation.worked(at_work.slots)
             self._polled(at_work, _credential(ok["credential"]), now)
         elif isinstance(step, rotation.Verify):
             verdict = Verdict(Look(ok["look"]), ok["method"], ok["reason"])
@@ -462,6 +474,7 @@ class Broker:
         elif isinstance(step, rotation.Publish):
             at_work.anchor = self._clock.read()
             at_work.doubt = False
+            at_work.slots = rotation.worked(at_work.slots)
             if policy.kind is Kind.FOLLOWED:
                 swap = Record(now, Event.SWAP, at_work.name, label, why="")
                 verified = _known(at_work.slots, label).verdict
@@ -470,6 +483,9 @@ class Broker:
                 if current is not None and verified is not None:
                     current = replace(current, verified=verified.method)
                 at_work.slots = replace(slots, current=current, retired=())
+        elif isinstance(step, rotation.Retire) and step.bad:
+            problem = f"{policy.issuer.type}: a new key was given up: {step.why}"
+            self._fail(at_work, SourceUnavailable(problem))
         self._clean(at_work)
 
     def _clean(self, at_work: _Profile) -> None:
@@ -484,6 +500,7 @@ class Broker:
         label = f"{at_work.name}:{credential.secret.fingerprint}"
         if current is not None and current.label == label and not current.condemned:
             slots = replace(slots, current=replace(current, lease=credential.lease), rotate=False)
+            slots = rotation.worked(slots)
         elif slots.next is None or slots.next.label != label:
             key = _followed(label, credential, at_work.policy.issuer, at_work.policy)
             slots = replace(slots, next=key)
@@ -495,15 +512,12 @@ class Broker:
         current = at_work.slots.current
         if not at_work.doubt or current is None or current.label != label:
             return
-        if verdict.look is Look.ALIVE:
-            at_work.doubt = False
-            at_work.anchor = self._clock.read()
-        elif verdict.look is Look.UNVERIFIED:
-            self.hurry(at_work.name)  # nobody can say; a new key is beyond doubt
-        if verdict.look in (Look.UNVERIFIED, Look.UNDECIDED):
-            at_work.slots = rotation.put_off(
-                at_work.slots, label, at_work.policy, now, self._roll()
-            )
+        at_work.doubt = verdict.look is not Look.ALIVE
+        if verdict.look in (Look.ALIVE, Look.UNVERIFIED):
+            self.hurry(at_work.name)  # the next key's times will be by the clocks as they are now
+        if at_work.doubt and verdict.look is not Look.REFUSED:
+            later = rotation.put_off(at_work.slots, label, at_work.policy, now, self._roll())
+            at_work.slots = later
 
     def _fail(self, at_work: _Profile, error: KeybrokerError) -> None:
         final = isinstance(error, SourceDenied | SourceInvalid) and not getattr(
@@ -513,12 +527,33 @@ class Broker:
         at_work.slots = rotation.failed(
             at_work.slots,
             at_work.policy,
-            self.now(at_work.name),
+            self._plan_time(at_work, self._clock.read()),
             self._roll(),
             _trouble(error),
             retry_after=retry_after,
             final=final or not isinstance(error, SourceError),
         )
+
+
+def _by_earlier_clock(slots: Slots, instant: Instant, now: datetime) -> Slots:
+    """
+    Let `now` count readers' holds and look-ups by the earlier of the clocks.
+
+    A wall clock that was set forward has not used up anybody's hold.
+    """
+    retired = [
+        replace(key, revoke_at=key.revoke_at + (now - earlier(key.retired, instant)))
+        for key in slots.retired
+        if key.revoke_at is not None
+    ]
+    opened = []
+    for one in slots.open:
+        since = one.since + (now - earlier(one.clocks, instant))
+        looked_at = one.looked_at
+        if looked_at is not None:
+            looked_at += now - earlier(one.looked_clocks, instant)
+        opened.append(replace(one, since=since, looked_at=looked_at))
+    return replace(slots, retired=tuple(retired), open=tuple(opened))
 
 
 def _trouble(error: KeybrokerError) -> Trouble:

@@ -65,7 +65,7 @@ class Cache:
         nonce = os.urandom(12)
         sealed = _cipher(self._key).encrypt(nonce, _encode(cached), _bound_to(profile))
         try:
-            private_directory(self._directory)
+            self._disk.directory(self._directory)
             self._disk.replace(self._file(profile), MAGIC + nonce + sealed)
         except OSError as error:
             raise CacheError(

@@ -53,10 +53,23 @@ def judge(anchor: Instant, now: Instant) -> Reading:
         The later of the two clocks, so that a key is alive only while both say so. It is doubtful
         when they drifted apart within one boot, or when a reboot came out before the anchor.
     """
-    if now.boot_id != anchor.boot_id or not now.boot_id:
+    counted = by_boot(anchor, now)
+    if counted is None:
         return Reading(now.wall, doubtful=now.wall < anchor.wall)
-    by_boot = anchor.wall + timedelta(seconds=now.boot - anchor.boot)
-    return Reading(max(now.wall, by_boot), doubtful=abs(now.wall - by_boot) > DISAGREEMENT)
+    return Reading(max(now.wall, counted), doubtful=abs(now.wall - counted) > DISAGREEMENT)
+
+
+def earlier(since: Instant | None, now: Instant) -> datetime:
+    """Return the earlier of the clocks: holds and look-ups that began at `since` count by it."""
+    counted = None if since is None else by_boot(since, now)
+    return now.wall if counted is None else min(now.wall, counted)
+
+
+def by_boot(anchor: Instant, now: Instant) -> datetime | None:
+    """Return the time as the boot clock counts it from an anchor; None across a reboot."""
+    if now.boot_id != anchor.boot_id or not now.boot_id:
+        return None
+    return anchor.wall + timedelta(seconds=now.boot - anchor.boot)
 
 
 def _boot_seconds() -> float:

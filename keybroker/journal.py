@@ -94,6 +94,8 @@ def encode(record: Record) -> dict[str, Any]:
         values["revoke_at"] = write_time(record.revoke_at)
     if record.why:
         values["why"] = record.why
+    if record.boot is not None:
+        values.update(boot=record.boot, boot_id=record.boot_id)
     return values
 
 
@@ -111,6 +113,8 @@ def decode(found: Mapping[str, Any]) -> Record:
         hold=timedelta(seconds=found["hold_s"]) if "hold_s" in found else None,
         revoke_at=read_time(found["revoke_at"]) if "revoke_at" in found else None,
         why=_text(found.get("why", "")),
+        boot=float(found["boot"]) if "boot" in found else None,
+        boot_id=_text(found.get("boot_id", "")),
     )
 
 

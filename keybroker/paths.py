@@ -110,6 +110,9 @@ class Disk:
         except FileNotFoundError:
             return None
 
+    def directory(self, path: Path) -> None:
+        private_directory(path)
+
     def append(self, path: Path, data: bytes) -> None:
         """Add to the end; not yet synced."""
         fresh = not path.exists()

@@ -80,10 +80,11 @@ class Publish:
 
 @dataclass(frozen=True, slots=True)
 class Retire:
-    """Give a key up without a replacement."""
+    """Give a key up without a replacement. `bad`: a new one that was not good enough."""
 
     label: str
     why: str
+    bad: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +175,7 @@ def live(slots: Slots, policy: Policy) -> int:
     return len(slots.keys) + sum(not _settled(open_, policy) for open_ in slots.open)
 
 
-def next_step(slots: Slots, policy: Policy, now: datetime) -> Step:
+def next_step(slots: Slots, policy: Policy, now: datetime, early: datetime | None = None) -> Step:
     """
     Return the one thing to do now for a profile, or how long to wait.
 
@@ -216,9 +217,11 @@ def _step_for_new(slots: Slots, new: Key, policy: Policy, now: datetime) -> tupl
         # 2.5 and not 3: the answer came a moment after it was asked for.
         if expires - new.lease.issued_at < 2.5 * policy.hold:
             why = "the gateway gave it a shorter life than three holds"
-            return new.not_before or now, Retire(new.label, why)
+            return new.not_before or now, Retire(new.label, why, bad=True)
         if now >= new.lease.issued_at + (expires - new.lease.issued_at) / 2:
-            return new.not_before or now, Retire(new.label, "it aged before it was verified")
+            return new.not_before or now, Retire(
+                new.label, "it aged before it was verified", bad=True
+            )
     if not policy.verify or (
         new.verdict is not None and new.verdict.look in (Look.ALIVE, Look.UNVERIFIED)
     ):
@@ -228,8 +231,8 @@ def _step_for_new(slots: Slots, new: Key, policy: Policy, now: datetime) -> tupl
         return start + LOOKS_AT_NEW_KEY[new.looks], Verify(new.label)
     if new.verdict is not None and new.verdict.look is Look.REFUSED:
         why = f"the gateway refused it ({new.verdict.reason})"
-        return new.not_before or now, Retire(new.label, why)
-    if not usable(slots.current, policy, now):
+        return new.not_before or now, Retire(new.label, why, bad=True)
+    if new.refused_at is None and not usable(slots.current, policy, now):
         return now, Publish(new.label)  # undecided, and nothing better is to be had
     return new.not_before or now, Verify(new.label)
 
@@ -267,7 +270,9 @@ def _replacement(slots: Slots, policy: Policy, now: datetime) -> Iterator[tuple[
         return
     if wanted is None or live(slots, policy) >= policy.max_live:
         return
-    spaced = slots.wanted_at + policy.retry_min if slots.wanted_at is not None else now
+    spaced = now
+    if slots.wanted_at is not None and slots.wanted_at <= now:  # else the clock was set back
+        spaced = slots.wanted_at + policy.retry_min
     yield max(wanted, slots.not_before or wanted, spaced), Issue()
 
 
@@ -364,6 +369,8 @@ def judged(
         slots = replace(slots, accepted_at=now)
     key = replace(key, verdict=verdict, looks=key.looks + 1, first_look=key.first_look or now)
     if slots.current is None or slots.current.label != label:
+        if verdict.look is not Look.UNDECIDED:
+            key = replace(key, refused_at=now if verdict.look is Look.REFUSED else None)
         if verdict.look is Look.UNDECIDED and key.looks >= len(LOOKS_AT_NEW_KEY):
             later = now + backoff(key.failures + 1, roll, policy)
             return change(slots, replace(key, failures=key.failures + 1, not_before=later))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 
+from keybroker.clock import Instant
 from keybroker.credential import Issuer, Lease, Verdict
 
 
@@ -44,6 +45,8 @@ class Record:
     hold: timedelta | None = None
     revoke_at: datetime | None = None
     why: str = ""
+    boot: float | None = None  # the boot clock, where a hold or a look-up counts from it
+    boot_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +58,10 @@ class Open:
     since: datetime
     lifetime: timedelta
     hold: timedelta
+    clocks: Instant | None = None  # when it was written
     looks: int = 0
     looked_at: datetime | None = None
+    looked_clocks: Instant | None = None
     failures: int = 0  # of look-ups that got no answer, since the last that did
     not_before: datetime | None = None
 
@@ -72,6 +77,7 @@ class Key:
     lifetime: timedelta
     hold: timedelta
     revoke_at: datetime | None = None  # None: not retired
+    retired: Instant | None = None  # the clocks when it was, where they were written down
     why: str = ""  # it was retired
     verified: str = ""  # the method that said so, or "unverified"
     verdict: Verdict | None = None
@@ -141,7 +147,7 @@ def fold(slots: Slots, record: Record) -> Slots:
     """
     if record.event is Event.WANTED and record.issuer is not None:
         lifetime, hold = record.lifetime or timedelta(), record.hold or timedelta()
-        opened = Open(record.label, record.issuer, record.at, lifetime, hold)
+        opened = Open(record.label, record.issuer, record.at, lifetime, hold, _clocks(record))
         return replace(slots, open=(*slots.open, opened), wanted_at=record.at)
     if record.event is Event.HAVE and record.lease is not None:
         known = next((o for o in slots.open if o.label == record.label), None)
@@ -158,7 +164,7 @@ def fold(slots: Slots, record: Record) -> Slots:
         slots = _without_open(slots, record.label)
         retired = slots.retired
         if slots.next is not None:  # its process ended before it was published
-            retired = (*retired, _retire(slots.next, record.at, "never handed out"))
+            retired = (*retired, _retire(slots.next, record.at, "never handed out", record))
         return replace(slots, next=key, retired=retired, accepted_at=record.at)
     if record.event is Event.SWAP:
         return _swap(slots, record)
@@ -166,14 +172,21 @@ def fold(slots: Slots, record: Record) -> Slots:
         return _retired(slots, record)
     if record.event is Event.LOOKED:
         looked = tuple(
-            replace(o, looks=o.looks + 1, looked_at=record.at, failures=0, not_before=None)
-            if o.label == record.label
-            else o
-            for o in slots.open
+            replace(
+                one,
+                looks=one.looks + 1,
+                looked_at=record.at,
+                looked_clocks=_clocks(record),
+                failures=0,
+                not_before=None,
+            )
+            if one.label == record.label
+            else one
+            for one in slots.open
         )
         return replace(slots, open=looked)
     if record.event is Event.GONE:
-        return _drop(_without_open(slots, record.label), record.label)
+        return without(_without_open(slots, record.label), record.label)
     return slots
 
 
@@ -199,11 +212,11 @@ def _swap(slots: Slots, record: Record) -> Slots:
     new = slots.key(record.label)
     if new is None or new.revoke_at is not None:
         return slots
-    slots = _drop(slots, record.label)
+    slots = without(slots, record.label)
     retired = slots.retired
     if slots.current is not None:
         revoke_at = record.revoke_at or record.at + slots.current.hold
-        retired = (*retired, _retire(slots.current, revoke_at, "replaced"))
+        retired = (*retired, _retire(slots.current, revoke_at, "replaced", record))
     current = replace(new, verified=record.why, failures=0, not_before=None)
     return replace(slots, current=current, retired=retired, rotate=False)
 
@@ -213,20 +226,25 @@ def _retired(slots: Slots, record: Record) -> Slots:
     if key is None:
         return slots
     revoke_at = record.revoke_at or record.at + key.hold
-    retired = _retire(key, revoke_at, record.why)
-    slots = _drop(slots, record.label)
+    retired = _retire(key, revoke_at, record.why, record)
+    slots = without(slots, record.label)
     return replace(slots, retired=(*slots.retired, retired))
 
 
-def _retire(key: Key, revoke_at: datetime, why: str) -> Key:
-    return replace(key, revoke_at=revoke_at, why=why, failures=0, not_before=None)
+def _retire(key: Key, revoke_at: datetime, why: str, record: Record) -> Key:
+    key = replace(key, revoke_at=revoke_at, retired=_clocks(record), why=why)
+    return replace(key, failures=0, not_before=None)
+
+
+def _clocks(record: Record) -> Instant | None:
+    return None if record.boot is None else Instant(record.at, record.boot, record.boot_id)
 
 
 def _without_open(slots: Slots, label: str) -> Slots:
     return replace(slots, open=tuple(o for o in slots.open if o.label != label))
 
 
-def _drop(slots: Slots, label: str) -> Slots:
+def without(slots: Slots, label: str) -> Slots:
     """Take a key out of every place."""
     return replace(
         slots,

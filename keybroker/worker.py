@@ -14,7 +14,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -92,7 +92,7 @@ class Operations:
             lifetime=policy.lifetime,
             hold=policy.hold,
         )
-        self._write("wanted", wanted)
+        self._write("wanted", self._clocked(wanted))
         try:
             credential = perform("issue", lambda: source.issue(label))
         except KeybrokerError as error:
@@ -153,7 +153,7 @@ class Operations:
             now = self._now()
             ends = now + hold if hold is not None else None  # of the one that it replaces
             swap = Record(now, Event.SWAP, profile.name, label, why=verified, revoke_at=ends)
-            self._write("swap", swap)
+            self._write("swap", self._clocked(swap))
         self._audit("published", profile.name, credential.secret.fingerprint, verified=verified)
         return {}
 
@@ -161,7 +161,7 @@ class Operations:
         self, profile: str, label: str, fingerprint: str, revoke_at: datetime, why: str
     ) -> dict[str, Any]:
         record = Record(self._now(), Event.RETIRED, profile, label, revoke_at=revoke_at, why=why)
-        self._write("retired", record)
+        self._write("retired", self._clocked(record))
         self._audit("retired", profile, fingerprint, label=label, why=why)
         return {}
 
@@ -185,7 +185,8 @@ class Operations:
         elif last:
             self._gone(profile, label, "never came to be")
         else:
-            self._write("looked", Record(self._now(), Event.LOOKED, profile, label))
+            looked = Record(self._now(), Event.LOOKED, profile, label)
+            self._write("looked", self._clocked(looked))
         return {"found": len(found)}
 
     def sweep(self, profile: Profile, prefix: str) -> dict[str, Any]:
@@ -245,6 +246,10 @@ class Operations:
     def _gone(self, profile: str, label: str, why: str, fingerprint: str = "") -> None:
         self._write("gone", Record(self._now(), Event.GONE, profile, label, why=why))
         self._audit("revoked", profile, fingerprint, label=label, why=why)
+
+    def _clocked(self, record: Record) -> Record:
+        instant = self.clock.read()
+        return replace(record, at=instant.wall, boot=instant.boot, boot_id=instant.boot_id)
 
     def _write(self, effect: str, record: Record) -> None:
         perform(effect, lambda: Journal(self.state, self.disk).write(record))
