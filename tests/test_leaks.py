@@ -644,6 +644,31 @@ def test_a_key_that_is_pasted_plainly_is_in_no_error(home: Home) -> None:
     assert errors > 700
 
 
+@pytest.mark.parametrize("kind", ["env", "file", "keyring"])
+def test_a_key_in_place_of_its_place_is_refused(home: Home, kind: str) -> None:
+    """A reference is recorded and shown, so a key that was pasted into one goes no further."""
+    canaries = Canaries()
+    for key in (canaries.new("pasted"), "sk-ant-api03-abcdef", "Bearer abcdef"):
+        reference = f"{{ {kind} = {json.dumps(key)} }}"
+        for document in (
+            minting("https://llm.example.com", reference),
+            following("https://llm.example.com", f'type = "static"\nkey = {reference}'),
+        ):
+            file = write(home.path / "config.toml", document)
+            with pytest.raises(ConfigError, match="never a key itself") as raised:
+                load([file])
+            assert canaries.seen_in(f"{raised.value.message} {raised.value.hint}") == []
+
+
+def test_a_key_in_a_header_is_refused(home: Home) -> None:
+    """`config show` shows headers; a header that holds a key has no place in the file."""
+    for name in ("X-Gateway-Key", "api-key", "x-litellm-api-key"):
+        header = f'headers = {{ "{name}" = "sk-abcdef" }}'
+        document = minting("https://llm.example.com", '{ env = "ADMIN" }', more=header)
+        with pytest.raises(ConfigError, match="looks like a key"):
+            load([write(home.path / "config.toml", document)])
+
+
 @pytest.mark.parametrize("line", ["config check", "get", "status", "revoke", "audit"])
 def test_commands_do_not_show_a_pasted_key(desk: Desk, line: str) -> None:
     """The same by way of the commands: exit status 78 where a configuration is needed."""
