@@ -57,14 +57,14 @@ def instance(state: Path) -> str:
     """
     Return the eight characters by which this installation's keys are known at a gateway.
 
-    They are made from machine, host name and user, so that they come out the same when the state
+    They are made from machine, host name, user and directory, so that they come out the same when the state
     directory was lost, and kept, so that a renamed host goes on under its old ones.
     """
     file = private_directory(state) / INSTANCE
     disk = Disk()
     found = disk.read(file)
     if found is None or len(found) != 8 or not found.isalnum():
-        seed = f"keybroker {_machine_id()} {os.uname().nodename} {os.geteuid()}"
+        seed = f"keybroker {_machine_id()} {os.uname().nodename} {os.geteuid()} {state}"
         found = sha256(seed.encode())[:8].encode()
         disk.replace(file, found)
     return found.decode("ascii")
