@@ -115,8 +115,15 @@ class Cache:
 
 
 def sealed_file(state: Path, profile: str) -> Path:
-    """Return where a profile's credential is sealed; its time tells when that was."""
     return state / CACHE / f"{profile}.sealed"
+
+
+def sealed_at(state: Path, profile: str) -> int | None:
+    """Return when a profile's file was written, by the disk's clock; None when there is none."""
+    try:
+        return sealed_file(state, profile).stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def find_wrap_key(kind: str, state: Path, environment: Mapping[str, str]) -> WrapKey:

@@ -10,7 +10,7 @@ import click
 
 from keybroker import paths
 from keybroker.audit import Audit, asker
-from keybroker.cache import sealed_file
+from keybroker.cache import sealed_at
 from keybroker.cli.base import in_words, on_the_clock, print_json, progress
 from keybroker.cli.work import (
     Desk,
@@ -87,11 +87,11 @@ def answer(config: Config, profile: Profile, *, say: bool = True) -> Credential:
         KeybrokerError: There is none, and why.
     """
     until = time.monotonic() + ANSWER_SECONDS
-    sealed, seen = sealed_file(state(), profile.name), None
+    seen = None
     try:
         while (lock := paths.take_owner_lock(state())) is None:
             # Its owner may be waiting for the network, or be about to seal what we wait for.
-            written = sealed.stat().st_mtime_ns if sealed.exists() else None
+            written = sealed_at(state(), profile.name)
             if written != seen and (found := _from_cache(config, profile)) is not None:
                 return _hand_out(profile, found, say)
             seen = written
