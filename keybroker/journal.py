@@ -1,6 +1,7 @@
 """What was issued and not yet revoked. The cache may be lost, the journal may not."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from keybroker.chain import Chain
 from keybroker.credential import Issuer, Lease, Reference
 from keybroker.errors import JournalError
 from keybroker.paths import JOURNAL, Disk
-from keybroker.slots import Event, Record, replay
+from keybroker.slots import Event, Key, Record, replay
 
 COMPACT_ABOVE = 400  # records
 
@@ -55,11 +56,12 @@ class Journal:
         keep.update(newest.values())
         last = records[-1]
         kept = [record for record in records if record.label in keep or record is last]
-        kept += [
-            Record(last.at, Event.RETIRED, name, key.label, revoke_at=key.revoke_at, why=key.why)
+        retired = [
+            _retirement(name, key, last.at)
             for name, slots in known.items()
             for key in slots.retired
         ]
+        kept[-1:-1] = retired  # the newest record stays the last
         self._chain.rewrite(encode(record) for record in kept)
 
     def _decoded(self, line: int, found: Mapping[str, Any]) -> Record:
@@ -70,6 +72,15 @@ class Journal:
                 f"journal: {self._chain.path}: line {line} is damaged",
                 hint="nothing is minted until this is mended; see docs/recovery.md",
             ) from None
+
+
+def _retirement(profile: str, key: Key, now: datetime) -> Record:
+    """Return the record that retires a key as it was retired, its clocks included."""
+    record = Record(now, Event.RETIRED, profile, key.label, revoke_at=key.revoke_at, why=key.why)
+    if key.retired is None:
+        return record
+    clocks = key.retired
+    return replace(record, at=clocks.wall, boot=clocks.boot, boot_id=clocks.boot_id)
 
 
 def encode(record: Record) -> dict[str, Any]:

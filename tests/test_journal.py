@@ -54,6 +54,16 @@ RECORDS = st.builds(
     hold=st.none() | LENGTHS,
     revoke_at=st.none() | MOMENTS,
     why=TEXTS,
+    boot=st.none() | st.floats(0, 1e9),
+    boot_id=st.just(""),
+) | st.builds(
+    Record,
+    at=MOMENTS,
+    event=st.sampled_from(Event),
+    profile=TEXTS,
+    label=TEXTS,
+    boot=st.floats(0, 1e9),
+    boot_id=TEXTS,
 )
 
 
@@ -317,7 +327,9 @@ def histories(draw: st.DrawFn) -> list[Record]:
         profile, label = draw(st.sampled_from(known))
         later = NOON + timedelta(minutes=minute + 7)
         dated = event in (Event.SWAP, Event.RETIRED) and draw(st.booleans())
-        more = {"revoke_at": later} if dated else {}
+        more: dict[str, Any] = {"revoke_at": later} if dated else {}
+        if draw(st.booleans()):
+            more |= {"boot": 60.0 * minute, "boot_id": "boot-1"}
         records.append(record(minute, event, label, profile, **more))
     return records
 
@@ -329,11 +341,13 @@ def test_compaction_forgets_nothing_that_is_alive(
     """Whatever happened in whatever order: what was known before is known after, and again."""
     state = tmp_path_factory.mktemp("j")
     before, after = survives(state, records)
+    newest = Journal(state).read()[-1]
     Journal(state).compact(above=0)
     again = replay(Journal(state).read())
 
     assert after == before
     assert {name: essence(again.get(name, Slots())) for name in before} == before
+    assert newest == records[-1]
 
 
 # damage
