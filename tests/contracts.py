@@ -231,7 +231,9 @@ class MintedSourceContract(ABC):
         for source in made:
             source.close()
 
-    def profile(self, base_url: str, source: Mapping[str, Any] | None = None, **changes: Any):  # type: ignore[no-untyped-def]
+    def profile(
+        self, base_url: str, source: Mapping[str, Any] | None = None, **changes: Any
+    ) -> Profile:
         table = {"type": "litellm", "admin": {"env": ADMIN}, "lifetime": "1h", **(source or {})}
         return entry(base_url, table, **changes)
 
