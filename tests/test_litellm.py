@@ -237,6 +237,16 @@ class TestOurs(MintedSourceContract):
         assert (alive.look, alive.method) == (Look.ALIVE, "info")
         assert (revoked.look, revoked.method) == (Look.REFUSED, "info")
 
+    def test_a_version_that_lists_look_alikes_finds_no_stranger(
+        self, make: Make, faults: Faults, label: str
+    ) -> None:
+        """Some versions search for parts of an alias; only the very label is ours."""
+        names = [label, f"{label}-2", label.upper(), f"x{label}", None]
+        rows = [{"key_alias": name, "token": str(name)} for name in names]
+        body = json.dumps({"keys": [*rows, "a-hash", {"key_alias": label}]}).encode()
+        self.arm(faults, self.FIND, Status(200, {}, body))
+        assert [lease.id for lease in make().find(label)] == [label]
+
     def test_two_keys_under_one_label_are_both_found(
         self, place: Ours, make: Make, label: str
     ) -> None:
