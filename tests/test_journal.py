@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keybroker.chain import Chain
@@ -317,12 +317,12 @@ def histories(draw: st.DrawFn) -> list[Record]:
     records: list[Record] = []
     known: list[tuple[str, str]] = []  # profile and label
     for minute in range(draw(st.integers(1, 24))):
-        event = draw(st.sampled_from([*Event]))
+        event = draw(st.sampled_from([*Event, Event.WANTED, Event.GONE, Event.GONE]))
         if event is Event.WANTED or not known:
             known.append((draw(st.sampled_from(["work", "home"])), f"k-{minute}"))
             records.append(record(minute, Event.WANTED, known[-1][1], known[-1][0]))
-            if draw(st.integers(0, 3)):
-                records.append(record(minute, Event.HAVE, known[-1][1], known[-1][0]))
+            usual = [Event.HAVE, Event.SWAP][: draw(st.sampled_from([2, 2, 2, 1, 0]))]
+            records += [record(minute, one, known[-1][1], known[-1][0]) for one in usual]
             continue
         profile, label = draw(st.sampled_from(known))
         later = NOON + timedelta(minutes=minute + 7)
@@ -334,6 +334,7 @@ def histories(draw: st.DrawFn) -> list[Record]:
     return records
 
 
+@settings(max_examples=60)  # each of them rewrites a synced file twice
 @given(histories())
 def test_compaction_forgets_nothing_that_is_alive(
     tmp_path_factory: pytest.TempPathFactory, records: list[Record]

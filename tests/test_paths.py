@@ -384,11 +384,18 @@ def test_no_home_is_said(environment: dict[str, str]) -> None:
 def test_an_installation_keeps_its_name(tmp_path: Path) -> None:
     """Its keys are known by it at the gateway; a lost state directory comes back to the same."""
     first = paths.instance(tmp_path / "one")
+    (tmp_path / "one").rename(tmp_path / "lost")
+    again = paths.instance(tmp_path / "one")
     (tmp_path / "one" / paths.INSTANCE).write_bytes(b"abcd1234")
 
     assert len(bytes.fromhex(first)) == 4
-    assert paths.instance(tmp_path / "two") == first
+    assert again == first
     assert paths.instance(tmp_path / "one") == "abcd1234"
+
+
+def test_two_state_directories_are_two_installations(tmp_path: Path) -> None:
+    """Neither sweeps the keys of the other."""
+    assert paths.instance(tmp_path / "one") != paths.instance(tmp_path / "two")
 
 
 @pytest.mark.parametrize("damaged", [b"", b"abc", b"../../..", b"\xff" * 8, b"x" * 9])
