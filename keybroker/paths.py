@@ -57,8 +57,8 @@ def instance(state: Path) -> str:
     """
     Return the eight characters by which this installation's keys are known at a gateway.
 
-    They are made from machine, host name, user and directory, so that they come out the same when the state
-    directory was lost, and kept, so that a renamed host goes on under its old ones.
+    They are made from machine, host name, user and directory, so that they come out the same when
+    the state directory was lost, and kept, so that a renamed host goes on under its old ones.
     """
     file = private_directory(state) / INSTANCE
     disk = Disk()
