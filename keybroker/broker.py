@@ -161,11 +161,15 @@ class Broker:
         return at_work.secrets.get(current.label) if current is not None else None
 
     def settled(self, name: str) -> bool:
-        """Say whether an answer is there, and nothing is under way that would make a better one."""
+        """
+        Say whether an answer is there, and nothing is under way that would make a better one.
+
+        That no key was to be had is an answer: who asks will ask again sooner than we would.
+        """
         at_work = self._profiles[name]
         step = self._step(at_work) if at_work.busy is None else at_work.busy[1]
         idle = isinstance(step, rotation.Wait | rotation.Revoke)
-        return idle and self.credential(name) is not None
+        return idle and (self.credential(name) is not None or at_work.slots.failures > 0)
 
     def why_not(self, name: str) -> KeybrokerError:
         """Return what to tell somebody who asked for a key and gets none."""
