@@ -189,7 +189,8 @@ class Broker:
         slots = at_work.slots
         if slots.trouble is not None:
             kind = CLASSES.get(slots.trouble.code, NotReady)
-            return kind(f"{name}: {slots.trouble.message}", hint=slots.trouble.hint or None)
+            hint = slots.trouble.hint or f"keybroker source test {name}"
+            return kind(f"{name}: {slots.trouble.message}", hint=hint)
         if rotation.live(slots, at_work.policy) >= at_work.policy.max_live:
             return NotReady(
                 f"{name}: {at_work.policy.max_live} keys are unrevoked, the most allowed",
