@@ -4,8 +4,8 @@ The broker does nothing itself. It sends requests to workers and applies the rec
 with the same `fold` that replays the journal.
 """
 
-import random
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, Protocol
@@ -25,6 +25,7 @@ from keybroker.errors import (
     SourceUnavailable,
 )
 from keybroker.journal import decode_issuer, decode_lease
+from keybroker.label import new_label
 from keybroker.pool import Answer
 from keybroker.rotation import Kind, Policy
 from keybroker.slots import Event, Key, Record, Slots, Trouble, fold, replay, without
@@ -88,7 +89,8 @@ class Broker:
         sealed: What the cache had, by profile.
         wrap_key: What seals the cache; None keeps keys in memory only.
         keeps: Minted keys may be kept in memory alone, as a resident process does.
-        mints: New keys may be asked for; without, only what is left over is cleared away.
+        mints: The profiles that new keys may be asked for; for all, what is left over is
+            cleared away.
         reread: Reads the journal again, after a worker died.
     """
 
@@ -102,9 +104,9 @@ class Broker:
         instance: str,
         wrap_key: Secret | None,
         keeps: bool = False,
-        mints: bool = True,
+        mints: Container[str],
         clock: Clock | None = None,
-        roll: Callable[[], float] = random.random,
+        roll: Callable[[], float] | None = None,
         reread: Callable[[], Iterable[Record]],
     ) -> None:
         self._clock = clock or Clock()
@@ -113,7 +115,7 @@ class Broker:
         self._wrap_key = wrap_key
         self._keeps = keeps
         self._mints = mints
-        self._roll = roll
+        self._roll = roll or _chance
         self._reread = reread
         self._profiles: dict[str, _Profile] = {}
         known = list(records)
@@ -231,6 +233,8 @@ class Broker:
         at_work = self._profiles[name]
         moment = self._clock.read().wall
         for key in at_work.slots.keys:
+            if not key.lease.revocable:  # somebody else keeps it
+                continue
             if key.revoke_at is None or (now and key.revoke_at > moment):
                 at = moment if now else moment + key.hold
                 self._call(
@@ -255,9 +259,11 @@ class Broker:
         # A key whose secret is nowhere cannot be handed out: its readers get their hold.
         for key in (slots.next, slots.current):
             if key is not None and key.label not in at_work.secrets:
-                if key.not_before is None or key.not_before <= now:
+                locked = at_work.profile is not None and self._cannot_keep(at_work)
+                if not locked and (key.not_before is None or key.not_before <= now):
                     return rotation.Retire(key.label, _why_lost(at_work))
-                put_off.append(key.not_before)
+                if key.not_before is not None:
+                    put_off.append(key.not_before)
                 slots = without(slots, key.label)
                 policy = replace(policy, max_live=policy.max_live - 1)
         if at_work.doubt and slots.current is not None:
@@ -265,9 +271,11 @@ class Broker:
             if again is None or again <= now:
                 return rotation.Verify(slots.current.label)
             put_off.append(again)
-        may_issue = self._mints and at_work.profile is not None and not self._cannot_keep(at_work)
+        may_issue = at_work.name in self._mints and not self._cannot_keep(at_work)
         step = rotation.next_step(slots, policy, now)
-        if isinstance(step, rotation.Issue) and not may_issue:
+        if isinstance(step, rotation.Poll) and at_work.name not in self._mints:
+            step = rotation.Wait(None)
+        if isinstance(step, rotation.Issue) and not (may_issue and at_work.profile is not None):
             step = rotation.next_step(slots, replace(policy, max_live=0), now)
         if isinstance(step, rotation.Wait):
             if step.until is not None:
@@ -561,6 +569,11 @@ def _by_earlier_clock(slots: Slots, instant: Instant, now: datetime) -> Slots:
     return replace(slots, retired=tuple(retired), open=tuple(opened))
 
 
+def _chance() -> float:
+    """Draw a number from 0 to 1 (`random` would load OpenSSL)."""
+    return int.from_bytes(os.urandom(4), "big") / 0x1_0000_0000
+
+
 def _trouble(error: KeybrokerError) -> Trouble:
     return Trouble(error.code, error.message, error.hint or "")
 
@@ -575,18 +588,6 @@ def _hold_of_current(at_work: _Profile) -> timedelta | None:
     """How long readers of the key that is replaced may keep it."""
     current = at_work.slots.current
     return None if current is None else max(current.hold, at_work.policy.hold)
-
-
-def new_label(instance: str, profile: str, now: datetime) -> str:
-    """
-    Return our name for one issue: kb-<host>-<profile>-<ULID>, unique and sorted by time.
-
-    See: https://github.com/ulid/spec
-    """
-    letters = "0123456789abcdefghjkmnpqrstvwxyz"
-    number = int(now.timestamp() * 1000) << 80 | random.SystemRandom().getrandbits(80)
-    ulid = "".join(letters[number >> shift & 31] for shift in range(125, -1, -5))
-    return f"kb-{instance}-{profile}-{ulid}"
 
 
 def _known(slots: Slots, label: str) -> Key:

@@ -64,7 +64,7 @@ PROFILE = {
     "verify_model": Field(
         TEXT, "The model that count_tokens and message name.", default="claude-sonnet-4-5"
     ),
-    "headers": Field(HEADERS, "Sent with every request to the gateway.", default={}),
+    "headers": Field(HEADERS, "Sent with every look at base_url.", default={}),
     "ca": Field(TEXT, "A PEM file of the authorities that the gateway's certificate is from."),
     "anthropic_key": Field(
         BOOLEAN, "Let a key that begins with sk-ant- go to this base_url.", default=False
@@ -307,6 +307,8 @@ def _contradictions(profile: Profile) -> Iterator[tuple[str, str]]:
         if value.startswith(("sk-", "Bearer")) or len(value) > 64:
             yield "source.placeholder", "this looks like a key; use key = { keyring = … }"
     if profile.kind is not Kind.MINTED:
+        if profile.verify == "info":
+            yield "verify", f"a {profile.type} source has no key API to ask"
         return
     lifetime: timedelta = profile.source["lifetime"]
     if lifetime % timedelta(seconds=1):

@@ -101,6 +101,8 @@ def read_reference(value: Any) -> Reference:
         raise ValueError(
             f"expected the name after {kind} of what holds the key, never a key itself"
         )
+    if kind == "file" and not found.startswith(("/", "~/")):
+        raise ValueError('expected a path that begins with "/" or "~/"')
     return Reference(kind, found)
 
 

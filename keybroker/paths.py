@@ -59,8 +59,18 @@ def instance(state: Path) -> str:
 
     They are made from machine, host name, user and directory, so that they come out the same when
     the state directory was lost, and kept, so that a renamed host goes on under its old ones.
+
+    Raises:
+        JournalError: They cannot be read or kept, and no label can do without them.
     """
     file = private_directory(state) / INSTANCE
+    try:
+        return _instance(file, state)
+    except OSError as error:
+        raise JournalError(f"{file}: cannot be kept ({error.strerror})") from None
+
+
+def _instance(file: Path, state: Path) -> str:
     disk = Disk()
     found = disk.read(file)
     if found is None or len(found) != 8 or not found.isalnum():

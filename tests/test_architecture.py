@@ -22,6 +22,7 @@ TABLE: dict[str, set[str]] = {
     "errors": set(),
     "clock": set(),
     "credential": set(),
+    "label": set(),
     "slots": set(),
     "rotation": set(),
     "fields": set(),
@@ -83,7 +84,6 @@ HEAVY = {
 }
 # What it loads today beyond what its job needs; each is one import that could still go.
 LOADED_NOW = {
-    "random": "the dice of the retry interval",
     "urllib.parse": "an address's host and port",
     "re": "names, durations and the lines of keys",
 }

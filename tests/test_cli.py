@@ -290,6 +290,34 @@ def test_get_makes_a_new_key_when_the_sealed_one_is_lost(cli: Cli) -> None:
     assert [key["why"] for key in row["retired"]] == ["its secret was lost"]
 
 
+def test_get_gives_up_no_key_that_is_only_locked(cli: Cli, tmp_path: Path) -> None:
+    """What opens the cache may be away for a while: nothing is handed out, nothing is retired."""
+    cli.file.write_text(cli.file.read_text().replace('"file"', '"auto"'))
+    (tmp_path / "keybroker-wrap-key").write_text("of systemd")
+    there = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
+    first = cli("get", environment=there)
+
+    status, stdout, stderr = cli("get")
+    [row] = cli.json("status")["profiles"]
+
+    assert (status, stdout) == (69, "")
+    assert "nothing here can keep a minted key" in one_line(stderr)
+    assert (row["readable"], row["retired"]) == (False, [])
+    assert cli("get", environment=there) == first
+    assert cli.live() == 1
+
+
+def test_get_on_a_full_disk_says_so(cli: Cli, tmp_path: Path) -> None:
+    """69, and not an internal error: the very first file is already too much."""
+    (cli.state / "instance").mkdir(mode=0o700, parents=True)
+    cli.state.chmod(0o700)
+
+    status, stdout, stderr = cli("get")
+
+    assert (status, stdout) == (69, "")
+    assert "instance: cannot be kept (Is a directory)" in one_line(stderr)
+
+
 def test_get_prints_the_sealed_key_when_the_journal_is_damaged(cli: Cli) -> None:
     """Nothing may be minted any more; what lives is still good for its reader."""
     first = cli("get")
@@ -472,6 +500,22 @@ def test_revoke_ends_every_key_at_once(cli: Cli) -> None:
     assert cli.live() == 1
 
 
+def test_revoke_leaves_the_key_of_somebody_else_alone(cli: Cli) -> None:
+    """77: it is not ours to end, and goes on being handed out."""
+    static = (
+        f'[profiles.shared]\nbase_url = "{cli.gateway.url}"\n'
+        '[profiles.shared.source]\ntype = "static"\nplaceholder = "ollama"\n'
+    )
+    cli.configure(static)
+    cli("get")
+
+    status, stdout, stderr = cli("revoke", "shared")
+
+    assert (status, stdout) == (77, "")
+    assert "somebody else keeps its key, which is not ours to revoke" in stderr
+    assert cli("get")[1] == "ollama\n"
+
+
 def test_revoke_needs_no_configuration(cli: Cli) -> None:
     """The journal knows where the keys were minted and where the admin key is."""
     cli("get")
@@ -505,18 +549,18 @@ def test_revoke_dry_run_and_json(cli: Cli) -> None:
 
     where = f"litellm {cli.gateway.url}"
     assert dry == (0, f"work: {row['fingerprint']} at {where} would be revoked\n", "")
-    assert result == [{"profile": "work", "revoked": 1, "left": 0, "error": None}]
+    assert result == [{"profile": "work", "revoked": 1, "left": 0, "error": None, "denied": False}]
 
 
 def test_a_revocation_that_is_not_confirmed_is_not_forgotten(cli: Cli) -> None:
-    """75 without insisting, the key stays in `status`, and a later command ends it."""
+    """77 without insisting, the key stays in `status`, and a later command ends it."""
     cli("get")
     started = time.monotonic()
     status, stdout, stderr = cli("revoke", environment={"ADMIN": "sk-wrong"})
     took = time.monotonic() - started
     [row] = cli.json("status")["profiles"]
 
-    assert (status, stdout) == (75, "work: 0 revoked\n")
+    assert (status, stdout) == (77, "work: 0 revoked\n")
     assert "1 not yet confirmed: litellm: " in stderr
     assert took < 10
     assert [key["why"] for key in row["retired"]] == ["revoked by request"]
@@ -532,7 +576,8 @@ def strays(cli: Cli) -> tuple[str, str]:
     """A key of ours that no journal knows, and one of somebody else's."""
     cli("get")
     instance = (cli.state / "instance").read_text()
-    ours, theirs = f"kb-{instance}-work-01stray", "kb-00000000-work-01theirs"
+    ours = f"kb-{instance}-work-01m7zeppq60nxge04zbh7stray"
+    theirs = "kb-00000000-work-01m7zeppq60nxge04zbhtheirs"
     cli.mint(ours)
     cli.mint(theirs)
     return ours, theirs
@@ -866,7 +911,7 @@ def test_every_command_explains_itself(cli: Cli, command: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [["gte"], ["config", "chekc"], ["get", "--now"], ["get", "a", "b"]]
+    "command", [["gte"], ["config", "chekc"], ["rotate", "--now"], ["rotate", "a", "b"]]
 )
 def test_what_is_misspelt_is_2(cli: Cli, command: list[str]) -> None:
     """Usage on stderr, nothing on stdout."""
@@ -874,6 +919,14 @@ def test_what_is_misspelt_is_2(cli: Cli, command: list[str]) -> None:
 
     assert (status, stdout) == (2, "")
     assert stderr.startswith("Usage: keybroker ")
+
+
+def test_get_says_what_is_misspelt_in_one_line(cli: Cli) -> None:
+    """Claude Code shows what the helper says."""
+    status, stdout, stderr = cli("get", "--now")
+
+    assert (status, stdout) == (2, "")
+    assert stderr == "keybroker: get: No such option '--now'; keybroker get --help\n"
 
 
 def test_the_version_is_printed(cli: Cli) -> None:

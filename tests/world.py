@@ -298,6 +298,7 @@ class World:
             self.workers,
             instance="0a1b2c3d",
             wrap_key=WRAP_KEY,
+            mints={self.profile.name},
             clock=self.time,
             roll=self.roll,
             reread=self.journal.read,

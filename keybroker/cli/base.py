@@ -81,7 +81,15 @@ def run(arguments: Sequence[str]) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.UsageError as error:
-        error.show()
+        if arguments[:1] == ["get"]:  # one line, whatever happens
+            say(
+                KeybrokerError(
+                    f"get: {error.format_message().rstrip('.')}", hint="keybroker get --help"
+                ),
+                one_line=True,
+            )
+        else:
+            error.show()
         return 2
     except click.Abort:
         return 130

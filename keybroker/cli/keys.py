@@ -31,14 +31,16 @@ from keybroker.errors import (
     JournalError,
     NotReady,
     SourceDenied,
+    SourceInvalid,
     SourceUnavailable,
 )
 from keybroker.fields import read_duration
 from keybroker.journal import Journal, decode_lease
+from keybroker.label import is_label, prefix
 from keybroker.rotation import expired
 from keybroker.slots import replay
 
-ANSWER_SECONDS = 10.0  # Claude Code says that a helper is slow from then on
+ANSWER_SECONDS = 8.0  # after ten Claude Code says that a helper is slow
 AFTERWARDS_SECONDS = 5.0
 ACT_SECONDS = 30.0
 
@@ -111,7 +113,7 @@ def answer(config: Config, profile: Profile, *, say: bool = True) -> Credential:
 
 
 def _as_owner(config: Config, profile: Profile, lock: int, say: bool) -> Credential:
-    with desk(config, lock=lock, only=profile) as at:
+    with desk(config, lock=lock, mints=[profile], only=profile) as at:
         broker = at.broker
         drive(at, lambda: broker.settled(profile.name), ANSWER_SECONDS)
         found = broker.credential(profile.name)
@@ -128,7 +130,7 @@ def _from_cache(
 ) -> Credential | None:
     """Read the sealed key without being the owner; None when it may not be handed out."""
     if not journal_is_broken:
-        with desk(config, lock=None, mints=False, only=profile) as at:
+        with desk(config, lock=None, only=profile) as at:
             return at.broker.credential(profile.name)
     sealed = sealed_alone(config, profile)
     if sealed is None or sealed.issuer != profile.issuer:
@@ -172,7 +174,7 @@ def rotate_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
             print(f"{one.name}: a new key would be {what}")
         return
     results, first_problem = [], None
-    with owner() as lock, desk(config, lock=lock) as at:
+    with owner() as lock, desk(config, lock=lock, mints=chosen) as at:
         before = {one.name: at.broker.slots(one.name).current for one in chosen}
         for one in chosen:
             at.broker.hurry(one.name)
@@ -251,12 +253,18 @@ def revoke_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
         chosen = list(known)
     else:
         chosen = [config.profile(profile).name]
+    for name in chosen:
+        if name in config.profiles and not minted(config.profiles[name]) and name not in known:
+            raise SourceInvalid(
+                f"{name}: somebody else keeps its key, which is not ours to revoke",
+                hint="end it where it was made",
+            )
     if dry_run:
         for name in chosen:
             for key in known[name].keys if name in known else ():
                 print(f"{name}: {key.fingerprint} at {key.issuer} would be revoked")
         return
-    with owner() as lock, desk(config, lock=lock, mints=False) as at:
+    with owner() as lock, desk(config, lock=lock) as at:
         results = [_revoke(at, name) for name in chosen]
     if as_json:
         print_json(results)
@@ -266,7 +274,8 @@ def revoke_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
     left = [result for result in results if result["left"]]
     if left:
         first = left[0]
-        raise SourceUnavailable(
+        kind = SourceDenied if first["denied"] else SourceUnavailable
+        raise kind(
             f"{first['profile']}: {first['left']} not yet confirmed: {first['error']}",
             hint="it is tried again by every later command; see keybroker status",
         )
@@ -274,23 +283,34 @@ def revoke_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
 
 def _revoke(at: Desk, name: str) -> dict[str, object]:
     if name not in at.broker.names():
-        return {"profile": name, "revoked": 0, "left": 0, "error": None}
-    count = len(at.broker.slots(name).keys)
+        return {"profile": name, "revoked": 0, "left": 0, "error": None, "denied": False}
+    count = _ours(at, name)
     at.broker.retire(name, "revoked by request", now=True)
     with progress(f"{name}: revoking"):
         drive(at, lambda: _revoked_or_denied(at, name), ACT_SECONDS)
     at.pool.call("cache", "forget", ACT_SECONDS, profile=name)
     slots = at.broker.slots(name)
-    left = len(slots.keys)
-    problem = slots.trouble.message if slots.trouble else None
-    return {"profile": name, "revoked": count - left, "left": left, "error": problem}
+    left = _ours(at, name)
+    trouble = slots.trouble
+    return {
+        "profile": name,
+        "revoked": count - left,
+        "left": left,
+        "error": trouble.message if trouble else None,
+        "denied": trouble is not None and trouble.code == SourceDenied.code,
+    }
+
+
+def _ours(at: Desk, name: str) -> int:
+    return sum(key.lease.revocable for key in at.broker.slots(name).keys)
 
 
 def _revoked_or_denied(at: Desk, name: str) -> bool:
     """Say whether trying again now would be no use."""
     slots = at.broker.slots(name)
     denied = slots.trouble is not None and slots.trouble.code == SourceDenied.code
-    return not slots.keys or (denied and all(key.failures for key in slots.keys))
+    keys = [key for key in slots.keys if key.lease.revocable]
+    return not keys or (denied and all(key.failures for key in keys))
 
 
 @click.command("sweep")
@@ -307,15 +327,17 @@ def sweep_command(profile: str | None, yes: bool, dry_run: bool, as_json: bool) 
     config = configuration()
     chosen = [config.profile(profile)] if profile else list(config.profiles.values())
     places = {one.issuer: one for one in chosen if minted(one)}
-    with owner() as lock, desk(config, lock=lock, mints=False) as at:
-        prefix = f"kb-{at.instance}-"
+    with owner() as lock, desk(config, lock=lock) as at:
+        begins = prefix(at.instance)
         known = {one.label for name in at.broker.names() for one in at.broker.slots(name).all}
         orphans = []
         for one in places.values():
             with progress(f"listing keys at {one.issuer.url}"):
-                found = at.pool.call(one.type, "sweep", ACT_SECONDS, profile=one, prefix=prefix)
+                found = at.pool.call(one.type, "sweep", ACT_SECONDS, profile=one, prefix=begins)
             orphans += [
-                (one, f["label"], f["lease"]) for f in found["found"] if f["label"] not in known
+                (one, f["label"], f["lease"])
+                for f in found["found"]
+                if f["label"] not in known and is_label(f["label"])
             ]
         rows = [
             {"label": label, "at": one.issuer.url, "expires_at": lease.get("expires_at")}
@@ -327,7 +349,7 @@ def sweep_command(profile: str | None, yes: bool, dry_run: bool, as_json: bool) 
             for row in rows:
                 print(f"{row['label']}  at {row['at']}  ends {row['expires_at'] or 'never'}")
             if not rows:
-                print(f"no key begins with {prefix} that the journal does not know")
+                print(f"no key begins with {begins} that the journal does not know")
         if dry_run or not orphans:
             return
         if not yes:
@@ -354,7 +376,7 @@ def check_command(profile: str | None, min_remaining: timedelta, as_json: bool) 
     """Exit 0 if PROFILE has a key with enough time left; 75 if not. Asks no gateway."""
     config = configuration()
     wanted = config.profile(profile)
-    with desk(config, lock=None, mints=False, only=wanted) as at:
+    with desk(config, lock=None, only=wanted) as at:
         now = at.broker.now(wanted.name)
         current = at.broker.slots(wanted.name).current
         held = at.broker.credential(wanted.name) is not None

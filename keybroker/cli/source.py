@@ -6,13 +6,13 @@ from typing import TypeVar
 
 import click
 
-from keybroker.broker import new_label
 from keybroker.cli.base import coloured, in_words, print_json, progress
 from keybroker.cli.work import Desk, configuration, desk, minted, owner
 from keybroker.clock import Clock
 from keybroker.config import Profile
 from keybroker.credential import Credential
 from keybroker.errors import KeybrokerError, SourceInvalid
+from keybroker.label import new_label
 from keybroker.worker import decode_credential
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ def test(profile: str | None, as_json: bool) -> None:
     wanted = config.profile(profile)
     report = _Report(as_json)
     try:
-        with owner() as lock, desk(config, lock=lock, mints=False, only=wanted) as at:
+        with owner() as lock, desk(config, lock=lock, only=wanted) as at:
             if minted(wanted):
                 _whole_life(at, wanted, report)
             else:

@@ -42,7 +42,7 @@ def status_command(profile: str | None, as_json: bool) -> None:
     """
     config = configuration()
     chosen = [config.profile(profile)] if profile else list(config.profiles.values())
-    with desk(config, lock=None, mints=False) as at:
+    with desk(config, lock=None) as at:
         failures = _last_failures(at)
         rows = [_row(at, one, failures.get(one.name)) for one in chosen]
         left = [] if profile else list(_unconfigured(at.broker, {p.name for p in chosen}))

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -46,7 +46,11 @@ def state() -> Path:
 
 @contextmanager
 def desk(
-    config: Config, *, lock: int | None, mints: bool = True, only: Profile | None = None
+    config: Config,
+    *,
+    lock: int | None,
+    mints: Collection[Profile] = (),
+    only: Profile | None = None,
 ) -> Iterator[Desk]:
     """
     Open journal and cache.
@@ -54,7 +58,7 @@ def desk(
     Args:
         config: As loaded; an empty one where only the journal matters.
         lock: The owner lock, or None to read only.
-        mints: New keys may be asked for.
+        mints: The profiles that new keys may be asked for.
         only: The one profile whose sealed key is read; None: all. An owner reads all of them: it
             acts for every profile, and a key that it could not read would count as lost.
 
@@ -83,7 +87,7 @@ def desk(
             pool,
             instance=paths.instance(where),
             wrap_key=wrap_key.key,
-            mints=mints,
+            mints={one.name for one in mints},
             clock=Clock(),
             reread=journal.read,
         )

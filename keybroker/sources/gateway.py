@@ -162,7 +162,7 @@ def _says(verdict: Verdict, status: str) -> bool:
 def made_up(secret: Secret) -> Secret:
     """Return a key of the same shape that nobody issued."""
     text = secret.reveal()
-    prefix = re.match(r"(?:[A-Za-z0-9]{1,8}-){0,3}", text)
+    prefix = re.match(r"(?:[a-z]{1,4}[0-9]?-){0,3}", text)
     start = prefix[0] if prefix else ""
     length = max(32, len(text) - len(start))
     return Secret(start + secrets.token_hex((length + 1) // 2)[:length])

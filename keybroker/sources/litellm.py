@@ -150,7 +150,10 @@ class LiteLLM:
             self._check(reply, "list keys")
             rows = reply.value.get("keys") if isinstance(reply.value, dict) else None
             if not isinstance(rows, list):
-                raise SourceInvalid(f"litellm: {self._http.host} answers with no list of keys")
+                raise SourceInvalid(
+                    f"litellm: {self._http.host} answers with no list of keys",
+                    hint="is this address a LiteLLM proxy? see source.url",
+                )
             found += [_row(row, reply.asked_at) for row in rows if isinstance(row, dict)]
             if len(rows) < PAGE:
                 return [pair for pair in found if pair is not None]

@@ -1,0 +1,31 @@
+"""Our name for one issue: what a key is found by after a crash.
+
+    kb-50337698-work-01m7zeppq60nxge04zbh7s1w6p
+
+The installation, the profile, and a ULID in lower case: unique, and sorted by time.
+See: https://github.com/ulid/spec
+"""
+
+import os
+import re
+from datetime import datetime
+
+LETTERS = "0123456789abcdefghjkmnpqrstvwxyz"
+LABEL = re.compile(r"kb-[0-9a-z]{8}-[a-z0-9][a-z0-9_-]{0,31}-[0-9a-z]{26}")
+
+
+def new_label(instance: str, profile: str, now: datetime) -> str:
+    """Return a label that was never used."""
+    number = int(now.timestamp() * 1000) << 80 | int.from_bytes(os.urandom(10), "big")
+    ulid = "".join(LETTERS[number >> shift & 31] for shift in range(125, -1, -5))
+    return f"{prefix(instance)}{profile}-{ulid}"
+
+
+def prefix(instance: str) -> str:
+    """Return how all labels of one installation begin."""
+    return f"kb-{instance}-"
+
+
+def is_label(text: str) -> bool:
+    """Say whether a gateway's text is one of ours, which it prints as it is."""
+    return LABEL.fullmatch(text) is not None

@@ -1,0 +1,177 @@
+"""
+Start keybroker's command or worker with a death, or a mutation, planned.
+
+    python entry.py command PLAN get work
+    python entry.py worker PLAN PARENT STATE
+
+PLAN is JSON: {"effect": "issue", "when": "before", "who": "worker", "mutant": null}. The package
+itself has no hook for this: what is replaced here is `worker.perform`, through which every effect
+passes, and single functions for the mutants.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+ENTRY = os.path.abspath(__file__)
+
+
+def die(who: str) -> None:
+    """End the worker that runs this, its command, or both, as kill -9 does."""
+    parent = int(sys.argv[1])
+    if who in ("command", "both") and os.getppid() == parent:  # never a later parent
+        os.kill(parent, signal.SIGKILL)
+    if who in ("worker", "both"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def plan_death(plan: dict[str, Any]) -> None:
+    """Replace what does effects by what dies at one of them."""
+    from keybroker import paths, worker
+
+    effect, when, who = plan["effect"], plan["when"], plan["who"]
+    perform = worker.perform
+
+    def killing(name: str, call: Callable[[], Any]) -> Any:
+        if name != effect:
+            return perform(name, call)
+        if when == "before":
+            die(who)
+        if when == "during":
+            half_done(who)
+        result = perform(name, call)
+        if when == "after":
+            die(who)
+        return result
+
+    def half_done(who: str) -> None:
+        """Die in the middle: half a line, a draft that was not put in place, half an answer."""
+
+        def half_append(disk: paths.Disk, path: Any, data: bytes) -> None:
+            with open(path, "ab") as file:
+                file.write(data[: len(data) // 2])
+            die(who)
+            with open(path, "ab") as file:  # the command died; this worker goes on
+                file.write(data[len(data) // 2 :])
+
+        def half_replace(disk: paths.Disk, path: Any, data: bytes) -> None:
+            path.with_name(f".{path.name}.{os.getpid()}").write_bytes(data[: len(data) // 2])
+            die(who)
+            path.write_bytes(data)
+
+        def half_send(data: bytes) -> None:
+            os.write(1, data[: len(data) // 2])
+            die(who)
+            os.write(1, data[len(data) // 2 :])
+
+        paths.Disk.append = half_append  # type: ignore[method-assign]
+        paths.Disk.replace = half_replace  # type: ignore[method-assign]
+        worker._send = half_send
+
+    worker.perform = killing  # type: ignore[assignment]
+
+
+def mutate(name: str) -> None:
+    """Break one promise's mechanism."""
+    from keybroker import broker, paths, rotation, sources, worker
+
+    if name == "label after the call":
+        write = worker.Operations._write
+        late: list[Any] = []
+
+        def write_late(self: Any, effect: str, record: Any) -> None:
+            if effect == "wanted":
+                late.append(record)
+                return
+            for wanted in late:
+                write(self, "wanted", wanted)
+            late.clear()
+            write(self, effect, record)
+
+        worker.Operations._write = write_late  # type: ignore[method-assign]
+    elif name == "no lock":
+        paths.take_owner_lock = lambda state: os.open(os.devnull, os.O_RDONLY)
+    elif name == "no drain":
+        publish = worker.Operations.publish
+
+        def publish_and_drop(self: Any, *args: Any, **values: Any) -> Any:
+            values["hold"] = timedelta(0)
+            return publish(self, *args, **values)
+
+        worker.Operations.publish = publish_and_drop  # type: ignore[method-assign]
+    elif name == "no look-up":
+        candidates = rotation._candidates
+
+        def without_look_ups(slots: Any, *rest: Any) -> Any:
+            return candidates(replace(slots, open=()), *rest)
+
+        rotation._candidates = without_look_ups
+    elif name == "404 from any issuer":
+
+        def by_configuration(self: Any, issuer: Any) -> Any:
+            environment = {**self.environment, "HOME": os.environ["HOME"]}
+            from keybroker.config import load
+
+            config = load(paths.config_files(environment))
+            return sources.build(next(iter(config.profiles.values())), environment)
+
+        worker.Operations._revoker = by_configuration  # type: ignore[method-assign]
+    elif name == "verify skipped":
+        worker.Operations.verify = lambda self, profile, secret: {  # type: ignore[method-assign]
+            "look": "alive",
+            "method": "models",
+            "reason": "200",
+        }
+    elif name == "adopt without check":
+
+        def adopt(self: Any, at_work: Any, sealed: Any) -> None:
+            if sealed is None:
+                return
+            from keybroker.slots import Key
+
+            key = Key(
+                sealed.label,
+                sealed.issuer,
+                sealed.credential.lease,
+                sealed.credential.secret.fingerprint,
+                timedelta(),
+                at_work.policy.hold,
+            )
+            at_work.slots = replace(at_work.slots, current=key)
+            at_work.secrets[sealed.label] = sealed.credential
+            at_work.anchor = sealed.anchor
+
+        broker.Broker._adopt = adopt  # type: ignore[method-assign]
+    else:
+        raise ValueError(name)
+
+
+def main() -> None:
+    role, text, *arguments = sys.argv[1:]
+    plan = json.loads(text)
+    if plan.get("mutant"):
+        mutate(plan["mutant"])
+    if role == "worker":
+        from keybroker import worker
+
+        if plan.get("effect"):
+            plan_death(plan)
+        if plan.get("who") == "command":  # where there is no parent-death signal, it lives on
+            worker._bind_to_parent = lambda parent: None
+        sys.argv = ["worker", *arguments]
+        worker.main()
+    else:
+        from keybroker import cli, pool
+
+        pool.COMMAND = (sys.executable, ENTRY, "worker", text)
+        sys.argv = ["keybroker", *arguments]
+        cli.main()
+
+
+if __name__ == "__main__":
+    main()
