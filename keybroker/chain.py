@@ -117,7 +117,12 @@ class Chain:
             )
 
     def _problem(self, what: str, hint: str | None = None) -> JournalError:
-        hint = hint or "nothing is minted until this is mended; see docs/recovery.md"
+        meanwhile = (
+            "no key depends on it"
+            if self._kind == "audit"
+            else "nothing is minted until this is mended"
+        )
+        hint = hint or f"{meanwhile}; see docs/recovery.md"
         return JournalError(f"{self._kind}: {self.path}: {what}", hint=hint)
 
 
