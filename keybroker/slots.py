@@ -146,6 +146,8 @@ def fold(slots: Slots, record: Record) -> Slots:
     left as `next`, and `rotation` retires it, since its secret went with the process.
     """
     if record.event is Event.WANTED and record.issuer is not None:
+        if any(one.label == record.label for one in slots.all):
+            return slots
         lifetime, hold = record.lifetime or timedelta(), record.hold or timedelta()
         opened = Open(record.label, record.issuer, record.at, lifetime, hold, _clocks(record))
         return replace(slots, open=(*slots.open, opened), wanted_at=record.at)
