@@ -175,7 +175,7 @@ def live(slots: Slots, policy: Policy) -> int:
     return len(slots.keys) + sum(not _settled(open_, policy) for open_ in slots.open)
 
 
-def next_step(slots: Slots, policy: Policy, now: datetime, early: datetime | None = None) -> Step:
+def next_step(slots: Slots, policy: Policy, now: datetime) -> Step:
     """
     Return the one thing to do now for a profile, or how long to wait.
 
@@ -227,14 +227,16 @@ def _step_for_new(slots: Slots, new: Key, policy: Policy, now: datetime) -> tupl
     ):
         return new.not_before or now, Publish(new.label)
     if new.looks < len(LOOKS_AT_NEW_KEY):
-        start = new.first_look or now
-        return start + LOOKS_AT_NEW_KEY[new.looks], Verify(new.label)
+        due = (new.first_look or now) + LOOKS_AT_NEW_KEY[new.looks]
+        return max(due, new.not_before or due), Verify(new.label)
     if new.verdict is not None and new.verdict.look is Look.REFUSED:
         why = f"the gateway refused it ({new.verdict.reason})"
         return new.not_before or now, Retire(new.label, why, bad=True)
     if new.refused_at is None and not usable(slots.current, policy, now):
-        return now, Publish(new.label)  # undecided, and nothing better is to be had
-    return new.not_before or now, Verify(new.label)
+        # undecided, and nothing better is to be had
+        return new.not_before or now, Publish(new.label)
+    due = new.next_look or now
+    return max(due, new.not_before or due), Verify(new.label)
 
 
 def _look_up(open_: Open, policy: Policy, now: datetime) -> tuple[datetime, Step]:
@@ -373,8 +375,9 @@ def judged(
             key = replace(key, refused_at=now if verdict.look is Look.REFUSED else None)
         if verdict.look is Look.UNDECIDED and key.looks >= len(LOOKS_AT_NEW_KEY):
             later = now + backoff(key.failures + 1, roll, policy)
-            return change(slots, replace(key, failures=key.failures + 1, not_before=later))
-        return change(slots, replace(key, failures=0, not_before=None))
+            key = replace(key, failures=key.failures + 1, next_look=later)
+            return change(slots, replace(key, not_before=None))
+        return change(slots, replace(key, failures=0, not_before=None, next_look=None))
     if verdict.look is Look.ALIVE:
         key = replace(key, refused_at=None, not_before=None, failures=0)
     elif verdict.look is Look.REFUSED:

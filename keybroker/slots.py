@@ -83,6 +83,7 @@ class Key:
     verdict: Verdict | None = None
     looks: int = 0  # taken before it was published
     first_look: datetime | None = None
+    next_look: datetime | None = None  # of one that stays undecided
     refused_at: datetime | None = None  # suspect since
     condemned: bool = False
     failures: int = 0  # of attempts to verify or revoke
