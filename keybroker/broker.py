@@ -149,6 +149,11 @@ class Broker:
     def names(self) -> list[str]:
         return list(self._profiles)
 
+    def unsettled(self, name: str) -> int:
+        """Count the calls without an answer that may yet turn out to have made a key."""
+        at_work = self._profiles[name]
+        return rotation.live(at_work.slots, at_work.policy) - len(at_work.slots.keys)
+
     def hurry(self, name: str) -> None:
         """Ask for a new key at once."""
         at_work = self._profiles[name]
@@ -170,8 +175,12 @@ class Broker:
         """
         at_work = self._profiles[name]
         step = self._step(at_work) if at_work.busy is None else at_work.busy[1]
-        idle = isinstance(step, rotation.Wait | rotation.Revoke)
-        return idle and (self.credential(name) is not None or at_work.slots.failures > 0)
+        if self.credential(name) is not None:
+            return isinstance(step, rotation.Wait | rotation.Revoke | rotation.Settle)
+        if not isinstance(step, rotation.Wait) or at_work.slots.next is not None:
+            return False
+        soon = self._clock.read().wall + 2 * at_work.policy.retry_min
+        return at_work.slots.failures > 0 or step.until is None or step.until > soon
 
     def why_not(self, name: str) -> KeybrokerError:
         """Return what to tell somebody who asked for a key and gets none."""
@@ -194,6 +203,12 @@ class Broker:
             hint = slots.trouble.hint or f"keybroker source test {name}"
             return kind(f"{name}: {slots.trouble.message}", hint=hint)
         if rotation.live(slots, at_work.policy) >= at_work.policy.max_live:
+            unsure = self.unsettled(name)
+            if unsure:
+                return NotReady(
+                    f"{name}: {unsure} calls got no answer and may have made keys",
+                    hint="they are looked up for a minute; then try again",
+                )
             return NotReady(
                 f"{name}: {at_work.policy.max_live} keys are unrevoked, the most allowed",
                 hint=f"keybroker revoke {name}",
@@ -247,6 +262,10 @@ class Broker:
                     why=why,
                 )
         self._clean(at_work)
+
+    def wind_down(self) -> None:
+        """Ask for no more keys; what is left may be interrupted at any time."""
+        self._mints = ()
 
     # deciding
 
@@ -342,6 +361,7 @@ class Broker:
                 profile=at_work.name,
                 label=step.label,
                 issuer=found.issuer,
+                timeout=at_work.policy.timeout,
                 last=step.last,
             )
             return
@@ -357,6 +377,7 @@ class Broker:
                 label=step.label,
                 fingerprint=key.fingerprint,
                 issuer=key.issuer,
+                timeout=at_work.policy.timeout,
                 lease=key.lease,
             )
             return
@@ -470,7 +491,8 @@ class Broker:
                 self._fail(at_work, answer.error)
             else:
                 at_work.slots = rotation.put_off(at_work.slots, label, policy, now, self._roll())
-                at_work.slots = replace(at_work.slots, trouble=_trouble(answer.error))
+                first = at_work.slots.trouble or _trouble(answer.error)
+                at_work.slots = replace(at_work.slots, trouble=first)
             return
         ok = answer.ok or {}
         if isinstance(step, rotation.Issue):

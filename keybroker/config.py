@@ -22,6 +22,7 @@ from keybroker.fields import (
     COUNT,
     DURATION,
     HEADERS,
+    PATH,
     REFERENCE,
     TABLE,
     TEXT,
@@ -65,7 +66,7 @@ PROFILE = {
         TEXT, "The model that count_tokens and message name.", default="claude-sonnet-4-5"
     ),
     "headers": Field(HEADERS, "Sent with every look at base_url.", default={}),
-    "ca": Field(TEXT, "A PEM file of the authorities that the gateway's certificate is from."),
+    "ca": Field(PATH, "A PEM file of the authorities that the gateway's certificate is from."),
     "anthropic_key": Field(
         BOOLEAN, "Let a key that begins with sk-ant- go to this base_url.", default=False
     ),

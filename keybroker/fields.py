@@ -118,6 +118,12 @@ def read_text(value: Any) -> str:
     return str(value)
 
 
+def read_path(value: Any) -> str:
+    if not _text(value) or not value.startswith("/"):
+        raise ValueError('expected a path that begins with "/"')
+    return str(value)
+
+
 def read_boolean(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError("expected true or false")
@@ -182,6 +188,7 @@ def _text(value: object) -> bool:
 
 
 TEXT = Kind(read_text, {"type": "string", "minLength": 1})
+PATH = Kind(read_path, {"type": "string", "pattern": "^/"})
 TEXTS = Kind(read_texts, {"type": "array", "items": {"type": "string", "minLength": 1}})
 TABLE = Kind(read_table, {"type": "object", "additionalProperties": TEXT.schema})
 HEADERS = Kind(read_headers, {"type": "object", "additionalProperties": TEXT.schema})

@@ -1,5 +1,6 @@
 """Starts workers and speaks JSON lines with them: the parent's side of the pipe."""
 
+import fcntl
 import json
 import os
 import selectors
@@ -127,9 +128,11 @@ class Pool:
                         raise answer.error
                     return answer.ok or {}
 
-    def close(self) -> None:
-        """Let the workers finish what they do, and end."""
+    def close(self, *, at_once: bool = False) -> None:
+        """Let the workers finish what they do, and end; or end them where they are."""
         for worker in self._workers.values():
+            if at_once:
+                worker.kill()
             worker.end()
         self._workers.clear()
 
@@ -142,23 +145,21 @@ class Pool:
         allowed = PASSED_ON.union(self._named.get(kind, ()))
         theirs_in, ours_in = os.pipe()
         ours_out, theirs_out = os.pipe()
-        actions: list[tuple[Any, ...]] = [
-            (os.POSIX_SPAWN_DUP2, theirs_in, 0),
-            (os.POSIX_SPAWN_DUP2, theirs_out, 1),
-        ]
+        given = {0: theirs_in, 1: theirs_out}
         if self._lock is not None:
-            # onto itself would keep close-on-exec; a worker never uses it but to hold the lock
-            actions.append((os.POSIX_SPAWN_DUP2, self._lock, 3 if self._lock != 3 else 4))
+            given[3] = self._lock  # a worker never uses it but to hold the lock
+        # Copies above all of these: who was started without stdin has the lock or a pipe there.
+        copies = {to: fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, 4) for to, one in given.items()}
         try:
             pid = os.posix_spawn(
                 self._command[0],
                 [*self._command, str(os.getpid()), str(self._state)],
                 {k: v for k, v in self._environment.items() if k in allowed},
-                file_actions=actions,
+                file_actions=[(os.POSIX_SPAWN_DUP2, copy, to) for to, copy in copies.items()],
             )
         finally:
-            os.close(theirs_in)
-            os.close(theirs_out)
+            for one in (theirs_in, theirs_out, *copies.values()):
+                os.close(one)
         return pid, ours_in, ours_out
 
 
@@ -194,7 +195,10 @@ class _Worker:
         answers = []
         while b"\n" in self._buffer:
             line, _, self._buffer = self._buffer.partition(b"\n")
-            answers.append(_decode(line))
+            try:
+                answers.append(_decode(line))
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+                return answers + self._lost()  # something else writes there
             if self._waiting:
                 self._waiting.popleft()
             self._set_limit()
@@ -205,9 +209,11 @@ class _Worker:
     def overdue(self, now: float) -> list[Answer]:
         if self.limit is None or now < self.limit:
             return []
+        return self._lost()
+
+    def kill(self) -> None:
         with suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGKILL)
-        return self._lost()
 
     def end(self) -> None:
         """Close its stdin and wait for it; it ends by itself within its hard timer."""
@@ -218,6 +224,7 @@ class _Worker:
 
     def _lost(self) -> list[Answer]:
         self.dead = True
+        self.kill()
         problem = SourceUnavailable("worker: it ended without an answer", unknown=True)
         lost = [Answer(number, None, problem, None) for number, _ in self._waiting]
         self._waiting.clear()

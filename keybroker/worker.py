@@ -41,6 +41,7 @@ from keybroker.slots import Event, Record
 
 T = TypeVar("T")
 IDLE_SECONDS = 5.0
+CALL = timedelta(seconds=8)  # the longest one, where no profile says otherwise
 LONGEST_LINE = 1 << 20
 # Everything that a worker does to the world, in the words of the crash tests.
 EFFECTS = (
@@ -75,7 +76,7 @@ class Operations:
     clock: Clock = field(default_factory=Clock)
     disk: Disk = field(default_factory=Disk)
     build: Callable[[Profile, Mapping[str, str]], sources.Source] = sources.build
-    revoker: Callable[[Issuer, Mapping[str, str]], sources.Source] = sources.revoker
+    revoker: Callable[[Issuer, Mapping[str, str], float], sources.Source] = sources.revoker
     records: list[Record] = field(default_factory=list)
     _opened: dict[str, sources.Source] = field(default_factory=dict)
 
@@ -166,17 +167,25 @@ class Operations:
         return {}
 
     def revoke(
-        self, profile: str, label: str, fingerprint: str, issuer: Issuer, lease: Lease
+        self,
+        profile: str,
+        label: str,
+        fingerprint: str,
+        issuer: Issuer,
+        lease: Lease,
+        timeout: timedelta = CALL,
     ) -> dict[str, Any]:
         """End a key where it was minted, whatever the configuration says now."""
-        source = self._revoker(issuer)
+        source = self._revoker(issuer, timeout)
         perform("revoke", lambda: source.revoke(lease))
         self._gone(profile, label, "revoked", fingerprint)
         return {}
 
-    def settle(self, profile: str, label: str, issuer: Issuer, last: bool) -> dict[str, Any]:
+    def settle(
+        self, profile: str, label: str, issuer: Issuer, last: bool, timeout: timedelta = CALL
+    ) -> dict[str, Any]:
         """Look up what an interrupted issue left behind, and revoke it: its secret is lost."""
-        source = self._revoker(issuer)
+        source = self._revoker(issuer, timeout)
         found = perform("find", lambda: source.find(label))
         for lease in found:
             perform("revoke", lambda lease=lease: source.revoke(lease))  # type: ignore[misc]
@@ -266,10 +275,11 @@ class Operations:
             self._opened[key] = self.build(profile, self.environment)
         return self._opened[key]
 
-    def _revoker(self, issuer: Issuer) -> sources.Source:
-        key = repr(issuer)
+    def _revoker(self, issuer: Issuer, timeout: timedelta) -> sources.Source:
+        key = repr((issuer, timeout))
         if key not in self._opened:
-            self._opened[key] = self.revoker(issuer, self.environment)
+            seconds = timeout.total_seconds()
+            self._opened[key] = self.revoker(issuer, self.environment, seconds)
         return self._opened[key]
 
     def _now(self) -> datetime:
@@ -304,6 +314,7 @@ def _arguments(message: Mapping[str, Any]) -> dict[str, Any]:
         "credential": decode_credential,
         "secret": Secret,
         "wrap_key": lambda v: None if v is None else Secret(v),
+        "timeout": lambda v: timedelta(seconds=v),
         "hold": lambda v: None if v is None else timedelta(seconds=v),
         "revoke_at": read_time,
     }
@@ -371,6 +382,7 @@ def serve(descriptor: int, operations: Operations) -> None:
         reply = json.dumps(answer(operations, message)).encode() + b"\n"
         perform("answer", lambda reply=reply: _send(reply))  # type: ignore[misc]
         signal.setitimer(signal.ITIMER_REAL, 0)
+    os.close(descriptor)  # what is sent from now on goes to another
     operations.close()
 
 
@@ -383,6 +395,8 @@ def _bind_to_parent(parent: int) -> None:
     """Die with the parent, leave no core, be closed to debuggers (Linux)."""
     import resource
 
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # whatever a shell had us ignore or block
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         import ctypes

@@ -549,7 +549,9 @@ def test_revoke_dry_run_and_json(cli: Cli) -> None:
 
     where = f"litellm {cli.gateway.url}"
     assert dry == (0, f"work: {row['fingerprint']} at {where} would be revoked\n", "")
-    assert result == [{"profile": "work", "revoked": 1, "left": 0, "error": None, "denied": False}]
+    assert result == [
+        {"profile": "work", "revoked": 1, "left": 0, "unsettled": 0, "error": None, "denied": False}
+    ]
 
 
 def test_a_revocation_that_is_not_confirmed_is_not_forgotten(cli: Cli) -> None:

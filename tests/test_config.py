@@ -112,9 +112,9 @@ def test_a_profile_makes_the_rule_s_numbers() -> None:
         (
             (
                 '[profiles.p]\nbase_url = "https://h.example/some/path"\nca = "/ca.pem"\n'
-                '[profiles.p.source]\ntype = "litellm"\nadmin = { file = "a" }'
+                '[profiles.p.source]\ntype = "litellm"\nadmin = { file = "/a" }'
             ),
-            Issuer("litellm", "https://h.example", Reference("file", "a"), "/ca.pem"),
+            Issuer("litellm", "https://h.example", Reference("file", "/a"), "/ca.pem"),
         ),
         (
             (

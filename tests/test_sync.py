@@ -21,7 +21,7 @@ from keybroker import paths, worker
 from keybroker.cache import Cache
 from keybroker.chain import Chain
 from keybroker.config import Profile
-from keybroker.credential import Credential, Issuer, Lease, Look, Secret, Verdict
+from keybroker.credential import Credential, Lease, Look, Secret, Verdict
 from keybroker.devgateway import DevGateway
 from keybroker.errors import KeybrokerError
 from keybroker.journal import Journal
@@ -464,12 +464,10 @@ class CallsFirst(worker.Operations):
 class SaysGoneFirst(worker.Operations):
     """Says that a key is gone before it asks for its end."""
 
-    def revoke(
-        self, profile: str, label: str, fingerprint: str, issuer: Issuer, lease: Lease
-    ) -> dict[str, Any]:
+    def revoke(self, profile: str, label: str, fingerprint: str, **rest: Any) -> dict[str, Any]:
         """Say so, then do it."""
         self._gone(profile, label, "revoked", fingerprint)
-        return super().revoke(profile, label, fingerprint, issuer, lease)
+        return super().revoke(profile, label, fingerprint, **rest)
 
 
 class Quiet(worker.Operations):

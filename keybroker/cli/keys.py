@@ -41,8 +41,8 @@ from keybroker.rotation import expired
 from keybroker.slots import replay
 
 ANSWER_SECONDS = 8.0  # after ten Claude Code says that a helper is slow
-AFTERWARDS_SECONDS = 5.0
-ACT_SECONDS = 30.0
+AFTERWARDS_SECONDS = 2.0
+ACT_SECONDS = 20.0
 
 
 class Duration(click.ParamType[timedelta]):
@@ -120,8 +120,12 @@ def _as_owner(config: Config, profile: Profile, lock: int, say: bool) -> Credent
         if found is None:
             raise broker.why_not(profile.name)
         _hand_out(profile, found, say)
+        # The reader waits for our end. What a gateway that hangs keeps us from doing now, a later
+        # command does: a look-up or a revocation that is cut off is done again.
+        broker.wind_down()
         with suppress(JournalError):  # it was answered, and is not answered twice
             drive(at, lambda: False, AFTERWARDS_SECONDS, patience=0)
+        at.pool.close(at_once=True)
         return found
 
 
@@ -179,7 +183,7 @@ def rotate_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
         for one in chosen:
             at.broker.hurry(one.name)
         with progress("rotating"):
-            drive(at, lambda: not any(at.broker.slots(p.name).rotate for p in chosen), ACT_SECONDS)
+            drive(at, lambda: all(_rotated_or_failed(at, one) for one in chosen), ACT_SECONDS)
         for one in chosen:
             slots = at.broker.slots(one.name)
             old, new = before[one.name], slots.current
@@ -201,7 +205,9 @@ def rotate_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
                     ),
                 }
             )
+        at.broker.wind_down()
         drive(at, lambda: False, AFTERWARDS_SECONDS, patience=0)
+        at.pool.close(at_once=True)
     if as_json:
         print_json(results)
     else:
@@ -209,6 +215,11 @@ def rotate_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
             _say_rotated(result)
     if first_problem is not None:
         raise first_problem
+
+
+def _rotated_or_failed(at: Desk, profile: Profile) -> bool:
+    slots = at.broker.slots(profile.name)
+    return not slots.rotate or slots.failures > 1
 
 
 def _say_rotated(result: dict[str, object]) -> None:
@@ -266,11 +277,15 @@ def revoke_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
         return
     with owner() as lock, desk(config, lock=lock) as at:
         results = [_revoke(at, name) for name in chosen]
+        at.pool.close(at_once=True)  # what a gateway that hangs keeps us from is done again
     if as_json:
         print_json(results)
     else:
         for result in results:
             print(f"{result['profile']}: {result['revoked']} revoked")
+            if result["unsettled"]:
+                what = "calls got no answer and may yet turn out to have made keys"
+                print(f"  {result['unsettled']} {what}; later commands look them up")
     left = [result for result in results if result["left"]]
     if left:
         first = left[0]
@@ -283,7 +298,14 @@ def revoke_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
 
 def _revoke(at: Desk, name: str) -> dict[str, object]:
     if name not in at.broker.names():
-        return {"profile": name, "revoked": 0, "left": 0, "error": None, "denied": False}
+        return {
+            "profile": name,
+            "revoked": 0,
+            "left": 0,
+            "unsettled": 0,
+            "error": None,
+            "denied": False,
+        }
     count = _ours(at, name)
     at.broker.retire(name, "revoked by request", now=True)
     with progress(f"{name}: revoking"):
@@ -296,6 +318,7 @@ def _revoke(at: Desk, name: str) -> dict[str, object]:
         "profile": name,
         "revoked": count - left,
         "left": left,
+        "unsettled": at.broker.unsettled(name),
         "error": trouble.message if trouble else None,
         "denied": trouble is not None and trouble.code == SourceDenied.code,
     }
@@ -310,7 +333,8 @@ def _revoked_or_denied(at: Desk, name: str) -> bool:
     slots = at.broker.slots(name)
     denied = slots.trouble is not None and slots.trouble.code == SourceDenied.code
     keys = [key for key in slots.keys if key.lease.revocable]
-    return not keys or (denied and all(key.failures for key in keys))
+    looked = all(one.looks or one.failures for one in slots.open)
+    return looked and (not keys or (denied and all(key.failures for key in keys)))
 
 
 @click.command("sweep")

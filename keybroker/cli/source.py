@@ -132,6 +132,7 @@ def _revoke(at: Desk, profile: Profile, label: str, credential: Credential) -> t
         label=label,
         fingerprint=credential.secret.fingerprint,
         issuer=profile.issuer,
+        timeout=profile.policy.timeout,
         lease=credential.lease,
     )
     return None, "confirmed"

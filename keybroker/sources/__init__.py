@@ -79,12 +79,12 @@ def build(profile: Profile, environment: Mapping[str, str]) -> Source:
     return Static(profile, environment)
 
 
-def revoker(issuer: Issuer, environment: Mapping[str, str]) -> Source:
+def revoker(issuer: Issuer, environment: Mapping[str, str], seconds: float = 8.0) -> Source:
     """Return a source that can find and revoke what an issuer of the journal minted."""
     if issuer.type == "litellm":
         from keybroker.sources.litellm import LiteLLM
 
-        return LiteLLM.by(issuer, environment)
+        return LiteLLM.by(issuer, environment, seconds)
     raise SourceInvalid(f"{issuer.type}: this keybroker cannot revoke what it issued")
 
 

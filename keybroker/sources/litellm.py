@@ -61,9 +61,9 @@ class LiteLLM:
         return cls(profile.issuer, environment, profile, seconds)
 
     @classmethod
-    def by(cls, issuer: Issuer, environment: Mapping[str, str]) -> "LiteLLM":
+    def by(cls, issuer: Issuer, environment: Mapping[str, str], seconds: float = 8.0) -> "LiteLLM":
         """Return one that can find and revoke, from the journal's record alone."""
-        return cls(issuer, environment)
+        return cls(issuer, environment, seconds=seconds)
 
     def issue(self, label: str) -> Credential:
         """Mint a key. It is asked for once: after a time-out the label is looked up instead."""

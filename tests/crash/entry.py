@@ -113,7 +113,7 @@ def mutate(name: str) -> None:
         rotation._candidates = without_look_ups
     elif name == "404 from any issuer":
 
-        def by_configuration(self: Any, issuer: Any) -> Any:
+        def by_configuration(self: Any, issuer: Any, timeout: Any) -> Any:
             environment = {**self.environment, "HOME": os.environ["HOME"]}
             from keybroker.config import load
 
