@@ -3,9 +3,10 @@
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from functools import wraps
 from importlib import import_module
 from typing import Any
 
@@ -70,6 +71,20 @@ def keybroker() -> None:
     keybroker config path   where your configuration goes
     keybroker status        how your keys stand
     """
+
+
+def for_profile(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take its profile as an argument or as --profile."""
+
+    @click.argument("profile", required=False)
+    @click.option("--profile", "named", metavar="PROFILE", help="The same as the argument.")
+    @wraps(command)
+    def with_profile(*rest: Any, profile: str | None, named: str | None, **values: Any) -> None:
+        if profile is not None and named is not None:
+            raise click.UsageError("the profile is named twice")
+        command(*rest, profile=profile or named, **values)
+
+    return with_profile
 
 
 def run(arguments: Sequence[str]) -> int:

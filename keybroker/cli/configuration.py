@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from keybroker import paths
-from keybroker.cli.base import coloured, print_json
+from keybroker.cli.base import coloured, for_profile, print_json
 from keybroker.cli.work import configuration
 from keybroker.config import Profile, schema
 from keybroker.credential import Reference
@@ -52,7 +52,7 @@ def path() -> None:
 
 
 @config_command.command("show")
-@click.argument("profile", required=False)
+@for_profile
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(profile: str | None, as_json: bool) -> None:
     """Print what is in force, defaults filled in. References are shown, never what they name."""

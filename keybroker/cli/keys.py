@@ -11,7 +11,7 @@ import click
 from keybroker import paths
 from keybroker.audit import Audit, asker
 from keybroker.cache import sealed_at
-from keybroker.cli.base import in_words, on_the_clock, print_json, progress
+from keybroker.cli.base import for_profile, in_words, on_the_clock, print_json, progress
 from keybroker.cli.work import (
     Desk,
     at_work_elsewhere,
@@ -61,14 +61,12 @@ class Duration(click.ParamType[timedelta]):
             self.fail(str(error), param, ctx)
 
 
-PROFILE = click.argument("profile", required=False)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.command("get")
-@PROFILE
-@click.option("--profile", "named", metavar="PROFILE", help="The same as the argument.")
-def get_command(profile: str | None, named: str | None) -> None:
+@for_profile
+def get_command(profile: str | None) -> None:
     """Print the current key of PROFILE and nothing else.
 
     A key that is due is replaced first; while the gateway is out of reach the current one is
@@ -76,7 +74,7 @@ def get_command(profile: str | None, named: str | None) -> None:
     78 configuration.
     """
     config = configuration()
-    wanted = config.profile(profile or named)
+    wanted = config.profile(profile)
     credential = answer(config, wanted)
     del credential
 
@@ -160,7 +158,7 @@ def _hand_out(profile: Profile, credential: Credential, say: bool) -> Credential
 
 
 @click.command("rotate")
-@PROFILE
+@for_profile
 @click.option("--all", "every", is_flag=True, help="Every profile.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done.")
 @JSON
@@ -240,7 +238,7 @@ def _say_rotated(result: dict[str, object]) -> None:
 
 
 @click.command("revoke")
-@PROFILE
+@for_profile
 @click.option("--all", "every", is_flag=True, help="Every profile that the journal knows.")
 @click.option("--dry-run", is_flag=True, help="Say which keys would be revoked.")
 @JSON
@@ -338,7 +336,7 @@ def _revoked_or_denied(at: Desk, name: str) -> bool:
 
 
 @click.command("sweep")
-@PROFILE
+@for_profile
 @click.option("--yes", is_flag=True, help="Revoke without asking.")
 @click.option("--dry-run", is_flag=True, help="Only list them.")
 @JSON
@@ -388,7 +386,7 @@ def sweep_command(profile: str | None, yes: bool, dry_run: bool, as_json: bool) 
 
 
 @click.command("check")
-@PROFILE
+@for_profile
 @click.option(
     "--min-remaining",
     type=Duration(),

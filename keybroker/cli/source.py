@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import click
 
-from keybroker.cli.base import coloured, in_words, print_json, progress
+from keybroker.cli.base import coloured, for_profile, in_words, print_json, progress
 from keybroker.cli.work import Desk, configuration, desk, minted, owner
 from keybroker.clock import Clock
 from keybroker.config import Profile
@@ -26,7 +26,7 @@ def source_command() -> None:
 
 
 @source_command.command("test")
-@click.argument("profile", required=False)
+@for_profile
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def test(profile: str | None, as_json: bool) -> None:
     """Mint a key at PROFILE's source, verify it, find it, revoke it, and see it refused.

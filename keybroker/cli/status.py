@@ -1,6 +1,7 @@
 """status: how every key stands, what comes next, and the lines to paste."""
 
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -13,7 +14,7 @@ import click
 from keybroker import rotation
 from keybroker.audit import Audit
 from keybroker.broker import Broker
-from keybroker.cli.base import coloured, in_words, on_the_clock, print_json
+from keybroker.cli.base import coloured, for_profile, in_words, on_the_clock, print_json
 from keybroker.cli.work import Desk, configuration, desk
 from keybroker.config import Profile
 from keybroker.credential import Phase
@@ -33,7 +34,7 @@ COLOURS = {
 
 
 @click.command("status")
-@click.argument("profile", required=False)
+@for_profile
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status_command(profile: str | None, as_json: bool) -> None:
     """Show every profile's key, what comes next, and the settings.json lines to paste.
@@ -65,15 +66,24 @@ def status_command(profile: str | None, as_json: bool) -> None:
 
 def settings(profile: Profile) -> dict[str, Any]:
     """Return what belongs into Claude Code's settings.json for a profile."""
-    program = shutil.which("keybroker") or sys.argv[0]
     milliseconds = profile.helper_ttl // timedelta(milliseconds=1)
     return {
-        "apiKeyHelper": f"exec {shlex.quote(program)} get {profile.name}",
+        "apiKeyHelper": f"exec {_this_program()} get {profile.name}",
         "env": {
             "ANTHROPIC_BASE_URL": profile.base_url,
             "CLAUDE_CODE_API_KEY_HELPER_TTL_MS": str(milliseconds),
         },
     }
+
+
+def _this_program() -> str:
+    """Return how a shell runs this keybroker from any folder."""
+    started = os.path.abspath(sys.argv[0])
+    if os.path.basename(started) == "keybroker" and os.access(started, os.X_OK):
+        return shlex.quote(started)
+    if (found := shutil.which("keybroker")) is not None:
+        return shlex.quote(os.path.abspath(found))
+    return shlex.join([sys.executable, "-I", "-c", "from keybroker.cli import main; main()"])
 
 
 def _row(at: Desk, profile: Profile, failure: dict[str, Any] | None) -> dict[str, Any]:
