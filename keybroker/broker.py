@@ -538,6 +538,9 @@ class Broker:
             slots = rotation.worked(slots)
         elif slots.next is None or slots.next.label != label:
             key = _followed(label, credential, at_work.policy.issuer, at_work.policy)
+            if current is not None and current.label == label:  # condemned: it is tried anew
+                key = replace(key, refused_at=current.refused_at or now)
+                slots = without(slots, label)
             slots = replace(slots, next=key)
         at_work.secrets[label] = credential
         at_work.slots = slots
