@@ -31,6 +31,7 @@ class SourceError(KeybrokerError):
     A source did not do what it was asked.
 
     `unknown` says that the call may have taken effect all the same: a time-out is not a failure.
+    `over` says of such a call that it was answered, with an error: it cannot take effect later.
     `retry_after` is the server's own wish, where it gave one.
     """
 
@@ -40,10 +41,12 @@ class SourceError(KeybrokerError):
         *,
         hint: str | None = None,
         unknown: bool = False,
+        over: bool = False,
         retry_after: timedelta | None = None,
     ) -> None:
         super().__init__(message, hint=hint)
         self.unknown = unknown
+        self.over = over
         self.retry_after = retry_after
 
 

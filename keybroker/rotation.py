@@ -241,7 +241,7 @@ def _step_for_new(slots: Slots, new: Key, policy: Policy, now: datetime) -> tupl
 
 def _look_up(open_: Open, policy: Policy, now: datetime) -> tuple[datetime, Step]:
     deadline = open_.since + policy.timeout
-    last = now >= deadline + LOOK_UPS[-1]
+    last = open_.over or now >= deadline + LOOK_UPS[-1]
     due = open_.since
     if open_.looked_at is not None:
         seen = open_.looked_at

@@ -20,6 +20,7 @@ class Event(StrEnum):
     HAVE = "have"  # the source answered with a lease
     SWAP = "swap"  # verified, cached, handed out from now on; the one before is retired
     RETIRED = "retired"  # no longer handed out; to be revoked at revoke_at
+    ANSWERED = "answered"  # an open call ended with an error: it cannot commit any more
     LOOKED = "looked"  # an open label was looked up, and nothing was there
     GONE = "gone"  # revoked, or never came to be; nothing is left to do
 
@@ -59,6 +60,7 @@ class Open:
     lifetime: timedelta
     hold: timedelta
     clocks: Instant | None = None  # when it was written
+    over: bool = False  # it was answered, with an error
     looks: int = 0
     looked_at: datetime | None = None
     looked_clocks: Instant | None = None
@@ -173,6 +175,11 @@ def fold(slots: Slots, record: Record) -> Slots:
         return _swap(slots, record)
     if record.event is Event.RETIRED:
         return _retired(slots, record)
+    if record.event is Event.ANSWERED:
+        answered = tuple(
+            replace(one, over=True) if one.label == record.label else one for one in slots.open
+        )
+        return replace(slots, open=answered)
     if record.event is Event.LOOKED:
         looked = tuple(
             replace(

@@ -48,6 +48,7 @@ EFFECTS = (
     "wanted",
     "issue",
     "have",
+    "answered",
     "verify",
     "seal",
     "swap",
@@ -100,6 +101,9 @@ class Operations:
             if not getattr(error, "unknown", False):  # nothing can have been committed
                 gone = Record(self._now(), Event.GONE, profile.name, label, why="refused")
                 self._write("gone", gone)
+            elif getattr(error, "over", False):
+                over = Record(self._now(), Event.ANSWERED, profile.name, label)
+                self._write("answered", over)
             raise
         have = Record(
             self._now(),

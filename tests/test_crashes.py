@@ -21,7 +21,7 @@ import pytest
 from keybroker.devgateway import DevGateway
 from keybroker.worker import EFFECTS
 from tests.crash.stage import HOLD, Stage, violations
-from tests.servers.faults import Faults, PauseResponse
+from tests.servers.faults import Faults, PauseResponse, Status
 from tests.servers.litellm import LiteLLM
 
 pytestmark = pytest.mark.servers
@@ -36,10 +36,14 @@ ON_THE_WIRE = {
 }
 COMMANDS = {
     **dict.fromkeys(("wanted", "issue", "have", "verify", "seal", "swap", "answer"), "rotate"),
+    "answered": "rotate",
     **dict.fromkeys(("retired", "revoke", "gone", "forget"), "revoke"),
     **dict.fromkeys(("find", "looked"), "get"),
 }
 CASES = [(effect, when, who) for effect in EFFECTS for when in WHEN for who in WHO]
+DATABASE_IS_OUT = Status(
+    500, {}, b'{"error": {"message": "{\'error\': \'Internal Server Error.\'}"}}'
+)
 SETTLED_SECONDS = 8.5  # the call's deadline, and the second look-up after it
 KILLS = 300
 AT_ONCE = 4
@@ -84,7 +88,10 @@ def crash(stage: Stage, effect: str, when: str, who: str) -> None:
     if effect == "looked":
         stage.run("rotate", "work", effect="issue", when="before", who="both")
     command = COMMANDS[effect]
-    if stage.wire is None:
+    if effect == "answered":
+        assert stage.wire is not None
+        stage.wire.next(DATABASE_IS_OUT, path="/key/generate")
+    if stage.wire is None or effect not in ON_THE_WIRE:
         stage.run(command, "work", effect=effect, when=when, who=who)
         return
     pause = PauseResponse(at_most=20.0)
@@ -116,11 +123,14 @@ def settle(stages: list[Stage]) -> None:
     together(stages, recover)
 
 
+def needs_wire(effect: str, when: str, who: str) -> bool:
+    del who
+    return effect == "answered" or (when == "during" and effect in ON_THE_WIRE)
+
+
 def test_matrix(litellm: LiteLLM) -> None:
     """After a death at any effect a key is handed out again, and no key is forgotten."""
-    wires = [
-        n for n, (effect, when, _) in enumerate(CASES) if when == "during" and effect in ON_THE_WIRE
-    ]
+    wires = [number for number, case in enumerate(CASES) if needs_wire(*case)]
     with stages(len(CASES), litellm, wires) as made:
         together(made, recover)
         cases = dict(zip(map(id, made), CASES, strict=True))

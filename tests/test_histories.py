@@ -13,7 +13,7 @@ from keybroker.slots import Event
 from tests.world import STATE, World, profile
 
 HOUR = 3600.0
-FATES = ["ok", "down", "refuse", "drop", "lost", "late", "bad"]
+FATES = ["ok", "down", "refuse", "drop", "lost", "late", "bad", "500", "500 and committed"]
 
 
 @pytest.fixture(autouse=True)
@@ -213,6 +213,21 @@ def test_an_idle_weekend_offline_asks_the_gateway_rarely() -> None:
     before = len(made.gateway.calls)
     made.run(HOUR)
     assert len(made.gateway.calls) - before <= 30
+
+
+def test_errors_that_were_answered_lock_nobody_out() -> None:
+    """Four failed calls are looked up as soon as the gateway lists again, and a key is minted."""
+    made = world()
+    for _ in range(4):
+        made.gateway.plan = ["down"] * len(made.slots.open) + ["500", "down"]
+        made.start()
+        assert made.ask() is None
+        made.time.true += 1.5
+    assert len(made.slots.open) == 4
+    made.gateway.plan = []
+    made.start()
+    assert made.ask() is not None
+    assert made.slots.open == ()
 
 
 def test_a_commit_after_our_deadline_is_found_and_revoked() -> None:

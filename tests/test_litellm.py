@@ -392,7 +392,7 @@ def test_the_admin_key_is_read_anew_for_each_call(monkeypatch: pytest.MonkeyPatc
         source.close()
 
 
-def _profile(gateway: DevGateway) -> Profile:
+def _profile(gateway: DevGateway | Faults) -> Profile:
     return entry(gateway.url, {"type": "litellm", "admin": {"env": ADMIN}, "lifetime": "1h"})
 
 
@@ -406,3 +406,24 @@ _DISABLED = json.dumps(
         }
     }
 ).encode()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "over"),
+    [
+        (500, b'{"error": {"message": "Internal Server Error."}}', True),
+        (503, b'{"error": {"message": "no database", "type": "no_db_connection"}}', True),
+        (502, b'{"error": {"message": "bad gateway"}}', False),
+        (504, b"<html>", False),
+        (500, b"<html>", False),
+    ],
+)
+def test_a_call_is_over_when_the_proxy_itself_said_so(status: int, body: bytes, over: bool) -> None:
+    """What answered in its place, or with another's words, may have left it at work."""
+    with DevGateway() as gateway, Faults(gateway.url) as faults:
+        faults.next(Status(status, body=body), path="/key/generate")
+        source = sources.build(_profile(faults), {ADMIN: gateway.master_key})
+        with pytest.raises(SourceUnavailable) as caught:
+            source.issue("kb-00000000-work-01m7zeppq60nxge04zbh7s1w6p")
+        source.close()
+    assert (caught.value.unknown, caught.value.over) == (True, over)

@@ -118,7 +118,8 @@ class Gateway:
     A key API in memory. `plan` names what the next calls do, oldest first; then all is well.
 
     ok, down (never sent), refuse (503, not committed), drop (commits, no answer), lost (no
-    answer, not committed), late (no answer, commits 30 s later), bad (a key that it then refuses)
+    answer, not committed), late (no answer, commits 30 s later), bad (a key that it then refuses),
+    500 (an error, not committed), 500 and committed
     """
 
     time: Time
@@ -161,11 +162,13 @@ class GatewaySource:
             raise SourceUnavailable("gateway: is down")
         text = f"sk-{len(gateway.keys)}-{sha256(label.encode())[:24]}"
         born = time.true + (30.0 if fate == "late" else 0.0)
-        if fate != "lost":
+        if fate not in ("lost", "500"):
             gateway.keys[text] = GatewayKey(label, text, born, born + gateway.lifetime)
         if fate in ("drop", "lost", "late"):
             time.true += 8.0
             raise SourceUnavailable("gateway: did not answer in time", unknown=True)
+        if fate in ("500", "500 and committed"):
+            raise SourceUnavailable("gateway: failed (500)", unknown=True, over=True)
         if fate == "bad" or self._gateway.only_bad:
             gateway.bad.add(text)
         ends = asked_at + timedelta(seconds=gateway.lifetime)

@@ -218,8 +218,14 @@ class LiteLLM:
             raise SourceUnavailable(
                 f"{who} asks to wait (429)", retry_after=reply.retry_after or timedelta(seconds=5)
             )
+        # Its own envelope says that the proxy is done with the call; a 502 or 504 of something
+        # in between does not.
+        over = isinstance(reply.value, dict) and "error" in reply.value and status in (500, 503)
         raise SourceUnavailable(
-            f"{who} failed to {doing} ({status})", retry_after=reply.retry_after, unknown=mints
+            f"{who} failed to {doing} ({status})",
+            retry_after=reply.retry_after,
+            unknown=mints,
+            over=over,
         )
 
 
