@@ -26,7 +26,7 @@ from keybroker.errors import JournalError, SourceUnavailable
 from keybroker.journal import Journal
 from keybroker.label import new_label
 from keybroker.pool import Pool, _encode
-from keybroker.slots import Event
+from keybroker.slots import Event, replay
 from tests.canaries import canary
 from tests.patched import HANG, REPORT, profile_at, worker_with
 from tests.world import STATE, Gateway, GatewaySource, MemoryDisk, Time, profile
@@ -576,6 +576,24 @@ def test_a_key_that_can_be_neither_journalled_nor_revoked_stays_open() -> None:
     assert reply["error"]["code"] == "unavailable"
     assert [record["event"] for record in reply["records"]] == ["wanted"]
     assert [record.event for record in Journal(STATE, operations.disk).read()] == [Event.WANTED]
+
+
+@pytest.mark.parametrize("fate", ["drop", "lost", "late"])
+def test_a_call_without_an_answer_leaves_its_label_open(fate: str) -> None:
+    """It may have committed, or may yet: the label has no outcome in the journal."""
+    time = Time()
+    gateway = Gateway(time, lifetime=7200.0, plan=[fate])
+    operations = worker.Operations(
+        STATE,
+        {},
+        clock=time,
+        disk=MemoryDisk(),
+        build=lambda *_: GatewaySource(gateway),  # type: ignore[arg-type,return-value]
+    )
+    message = {"id": 1, "op": "issue", "profile": _encode(profile()), "label": "kb-a"}
+    assert worker.answer(operations, message)["error"]["unknown"] is True
+    [opened] = replay(Journal(STATE, operations.disk).read())["work"].open
+    assert opened.label == "kb-a"
 
 
 def test_a_refused_call_closes_its_label(state: Path, workers: Pool, gateway: DevGateway) -> None:
