@@ -88,6 +88,7 @@ class Broker:
         records: The journal, replayed.
         sealed: What the cache had, by profile.
         wrap_key: What seals the cache; None keeps keys in memory only.
+        origin: Where it is from, or why there is none.
         keeps: Minted keys may be kept in memory alone, as a resident process does.
         mints: The profiles that new keys may be asked for; for all, what is left over is
             cleared away.
@@ -103,6 +104,7 @@ class Broker:
         *,
         instance: str,
         wrap_key: Secret | None,
+        origin: str = "there is no keyring",
         keeps: bool = False,
         mints: Container[str],
         clock: Clock | None = None,
@@ -113,6 +115,7 @@ class Broker:
         self._workers = workers
         self._instance = instance
         self._wrap_key = wrap_key
+        self._origin = origin
         self._keeps = keeps
         self._mints = mints
         self._roll = roll or _chance
@@ -189,7 +192,7 @@ class Broker:
             return NotReady(f"{name}: is not configured any more")
         if self._cannot_keep(at_work):
             return NobodyAnswers(
-                f"{name}: nothing here can keep a minted key (no unlocked keyring)",
+                f"{name}: a minted key could not be kept: {self._origin}",
                 hint='unlock the keyring, or set cache.key = "file"; see docs/cache.md',
             )
         if at_work.doubt:
@@ -209,9 +212,11 @@ class Broker:
                     f"{name}: {unsure} calls got no answer and may have made keys",
                     hint="they are looked up for a minute; then try again",
                 )
+            ends = min((key.revoke_at for key in slots.retired if key.revoke_at), default=None)
+            left = "" if ends is None else f" for {(ends - self.now()).total_seconds():.0f} s more"
             return NotReady(
-                f"{name}: {at_work.policy.max_live} keys are unrevoked, the most allowed",
-                hint=f"keybroker revoke {name}",
+                f"{name}: {at_work.policy.max_live} keys are unrevoked, the most allowed{left}",
+                hint=f"wait, or end them all: keybroker revoke {name}",
             )
         return NotReady(f"{name}: no key yet", hint="try again, or see keybroker status")
 
@@ -412,6 +417,7 @@ class Broker:
                 verified=verified,
                 wrap_key=self._wrap_key,
                 hold=_hold_of_current(at_work),
+                replaces="" if slots.current is None else slots.current.fingerprint,
             )
 
     def _retire(self, at_work: _Profile, step: rotation.Retire) -> None:

@@ -22,10 +22,9 @@ class Where:
     file: str
 
     def error(self, path: tuple[str, ...], problem: str) -> ConfigError:
-        place = next(
-            (self.known[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.known),
-            self.file,
-        )
+        above = [path[:n] for n in range(len(path), 0, -1) if path[:n] in self.known]
+        below = [known for known in self.known if path and known[: len(path)] == path]
+        place = next((self.known[found] for found in (*above, *below)), self.file)
         key = ".".join(map(_shown, path))
         return ConfigError(f"{place}: {key}: {problem}" if path else f"{place}: {problem}")
 

@@ -111,6 +111,13 @@ class NobodyAnswers(KeybrokerError):
     exit_status = 69
 
 
+class OutputLost(KeybrokerError):
+    """What was asked for could not be written to stdout."""
+
+    code = "output"
+    exit_status = 74
+
+
 CLASSES: dict[str, type[KeybrokerError]] = {
     kind.code: kind
     for kind in (
@@ -124,6 +131,7 @@ CLASSES: dict[str, type[KeybrokerError]] = {
         JournalError,
         NotReady,
         NobodyAnswers,
+        OutputLost,
         KeybrokerError,
     )
 }

@@ -64,8 +64,8 @@ def _backend() -> "KeyringBackend":
         return SecretService()  # type: ignore[no-untyped-call,unused-ignore]
     except CacheLocked:
         raise
-    except Exception as error:
-        raise CacheLocked(f"keyring: there is none here ({type(error).__name__})") from None
+    except Exception:
+        raise CacheLocked("keyring: there is no Secret Service here") from None
 
 
 def _check_unlocked() -> None:

@@ -144,6 +144,18 @@ def expired(key: Key, now: datetime) -> bool:
     return key.lease.expires_at is not None and now >= key.lease.expires_at
 
 
+def fits(key: Key, policy: Policy) -> bool:
+    """
+    Say whether a key is for this profile's gateway.
+
+    A minted key is, whichever admin key it was minted with. What somebody else keeps is read from
+    where the profile says now.
+    """
+    if policy.kind is Kind.FOLLOWED:
+        return key.issuer == policy.issuer
+    return (key.issuer.type, key.issuer.url) == (policy.issuer.type, policy.issuer.url)
+
+
 def usable(key: Key | None, policy: Policy, now: datetime) -> bool:
     """Say whether a key may be handed out: alive, not condemned, of this profile's issuer."""
     return (
@@ -151,7 +163,7 @@ def usable(key: Key | None, policy: Policy, now: datetime) -> bool:
         and key.revoke_at is None
         and not key.condemned
         and not expired(key, now)
-        and key.issuer == policy.issuer
+        and fits(key, policy)
     )
 
 
@@ -162,7 +174,7 @@ def phase(slots: Slots, policy: Policy, now: datetime) -> Phase:
         return Phase.NONE
     if expired(key, now):
         return Phase.EXPIRED
-    if key.condemned or key.issuer != policy.issuer:
+    if key.condemned or not fits(key, policy):
         return Phase.CONDEMNED
     if key.refused_at is not None:
         return Phase.SUSPECT
@@ -192,7 +204,7 @@ def next_step(slots: Slots, policy: Policy, now: datetime) -> Step:
 
 def _candidates(slots: Slots, policy: Policy, now: datetime) -> Iterator[tuple[datetime, Step]]:
     current = slots.current
-    if current is not None and current.issuer != policy.issuer:
+    if current is not None and not fits(current, policy):
         yield current.not_before or now, Retire(current.label, MOVED)
     if slots.next is not None:
         yield _step_for_new(slots, slots.next, policy, now)
@@ -210,7 +222,7 @@ def _candidates(slots: Slots, policy: Policy, now: datetime) -> Iterator[tuple[d
 
 def _step_for_new(slots: Slots, new: Key, policy: Policy, now: datetime) -> tuple[datetime, Step]:
     """A new key gets up to three looks in five seconds before it counts as bad."""
-    if new.issuer != policy.issuer:
+    if not fits(new, policy):
         return new.not_before or now, Retire(new.label, MOVED)
     expires = new.lease.expires_at
     if policy.kind is Kind.MINTED and expires is not None:

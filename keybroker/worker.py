@@ -149,6 +149,7 @@ class Operations:
         verified: str,
         wrap_key: Secret | None,
         hold: timedelta | None,
+        replaces: str = "",
     ) -> dict[str, Any]:
         """Seal the new key, then say that it is current. Only then may the old one's clock run."""
         cached = Cached(credential, label, profile.issuer, verified, self.clock.read())
@@ -160,6 +161,8 @@ class Operations:
             swap = Record(now, Event.SWAP, profile.name, label, why=verified, revoke_at=ends)
             self._write("swap", self._clocked(swap))
         self._audit("published", profile.name, credential.secret.fingerprint, verified=verified)
+        if replaces:
+            self._audit("retired", profile.name, replaces, why="replaced")
         return {}
 
     def retire(

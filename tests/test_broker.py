@@ -224,7 +224,7 @@ def test_a_locked_keyring_is_said(host: Host) -> None:
     host.settle()
     error = host.broker.why_not("work")
     assert isinstance(error, NobodyAnswers)
-    assert error.message == "work: nothing here can keep a minted key (no unlocked keyring)"
+    assert error.message == "work: a minted key could not be kept: there is no keyring"
     assert error.hint is not None
     assert 'cache.key = "file"' in error.hint
 
@@ -519,8 +519,8 @@ def test_too_many_keys_are_told(host: Host) -> None:
     error = broker.why_not("work")
     assert (type(error), error.message, error.hint) == (
         NotReady,
-        "work: 4 keys are unrevoked, the most allowed",
-        "keybroker revoke work",
+        "work: 4 keys are unrevoked, the most allowed for 3600 s more",
+        "wait, or end them all: keybroker revoke work",
     )
 
 

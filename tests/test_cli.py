@@ -271,7 +271,7 @@ def test_get_mints_nothing_that_it_cannot_keep(cli: Cli) -> None:
     status, stdout, stderr = cli("get")
 
     assert (status, stdout) == (69, "")
-    assert "nothing here can keep a minted key" in one_line(stderr)
+    assert "a minted key could not be kept" in one_line(stderr)
     assert cli.live() == 0
 
 
@@ -301,7 +301,7 @@ def test_get_gives_up_no_key_that_is_only_locked(cli: Cli, tmp_path: Path) -> No
     [row] = cli.json("status")["profiles"]
 
     assert (status, stdout) == (69, "")
-    assert "nothing here can keep a minted key" in one_line(stderr)
+    assert "a minted key could not be kept" in one_line(stderr)
     assert (row["readable"], row["retired"]) == (False, [])
     assert cli("get", environment=there) == first
     assert cli.live() == 1
@@ -550,7 +550,15 @@ def test_revoke_dry_run_and_json(cli: Cli) -> None:
     where = f"litellm {cli.gateway.url}"
     assert dry == (0, f"work: {row['fingerprint']} at {where} would be revoked\n", "")
     assert result == [
-        {"profile": "work", "revoked": 1, "left": 0, "unsettled": 0, "error": None, "denied": False}
+        {
+            "profile": "work",
+            "revoked": 1,
+            "left": 0,
+            "unsettled": 0,
+            "error": None,
+            "code": None,
+            "hint": None,
+        }
     ]
 
 
@@ -872,7 +880,7 @@ def test_source_test_shows_a_whole_life(cli: Cli) -> None:
     rows = cli.json("source", "test")
     status, stdout, stderr = cli("source", "test", "work")
 
-    steps = ["issue", "verify", "find", "revoke", "refused", "gone"]
+    steps = ["keep", "issue", "verify", "find", "revoke", "refused", "gone"]
     assert [(row["step"], row["ok"]) for row in rows] == [(step, True) for step in steps]
     assert (status, stderr) == (0, "")
     assert [line.split()[:2] for line in stdout.splitlines()] == [["ok", step] for step in steps]
@@ -885,7 +893,7 @@ def test_source_test_says_which_step_failed(cli: Cli) -> None:
     status, stdout, stderr = cli("source", "test", environment={"ADMIN": "sk-wrong"})
 
     assert status == 77
-    assert stdout.startswith("failed  issue    litellm: ")
+    assert stdout.splitlines()[1].startswith("failed  issue    litellm: ")
     assert "hint: see source.admin (env:ADMIN)\n" in stderr
 
 
@@ -987,3 +995,48 @@ def test_who_waits_for_the_owner_in_vain_is_told(cli: Cli) -> None:
 
     said = "another keybroker is at work on the same state directory; try again when it is done"
     assert (refused, taken) == (f"69; {said}\n", "taken\n")
+
+
+def test_a_mistyped_admin_reference_costs_no_key(cli: Cli) -> None:
+    """The key is for the same gateway: it is handed out on, and so it is when the line is mended."""
+    first = cli("get")
+    cli.configure(cli.profile().replace('env = "ADMIN"', 'env = "ADNIM"'))
+    mistyped = cli("get")
+    cli.configure()
+
+    assert (mistyped, cli("get")) == (first, first)
+    assert cli.live() == 1
+
+
+def test_an_output_that_is_full_is_74(cli: Cli) -> None:
+    """It is said in a line, and Python says nothing after it."""
+    with (
+        open("/dev/full", "w") as full,
+        cli.start("config", "path", stdout=full) as process,
+    ):
+        _, stderr = process.communicate(timeout=60)
+
+    assert process.returncode == 74
+    assert stderr == "keybroker: output: cannot be written (No space left on device)\n"
+
+
+@pytest.mark.parametrize("command", ["rotate", "revoke"])
+def test_a_profile_and_all_are_not_given_together(cli: Cli, command: str) -> None:
+    """Whoever names one does not mean every one."""
+    cli("get")
+    status, _, stderr = cli(command, "--all", "work")
+
+    assert (status, cli.live()) == (2, 1)
+    assert "not both" in stderr
+
+
+def test_sweep_without_a_gateway_to_ask_says_so(cli: Cli) -> None:
+    """No all-clear from nobody."""
+    cli.configure(
+        '[profiles.local]\nbase_url = "http://localhost:1"\n[profiles.local.source]\n'
+        'type = "static"\nplaceholder = "ollama"\n'
+    )
+    status, stdout, stderr = cli("sweep")
+
+    assert (status, stdout) == (78, "")
+    assert stderr.startswith("keybroker: sweep: no configured profile mints keys")

@@ -22,6 +22,7 @@ EXIT_STATUS = {
     "JournalError": 69,
     "NotReady": 75,
     "NobodyAnswers": 69,
+    "OutputLost": 74,
     "KeybrokerError": 70,
 }
 

@@ -7,13 +7,18 @@ from typing import Any
 import click
 
 from keybroker.audit import Audit
-from keybroker.cli.base import on_the_clock
 from keybroker.cli.work import state
 
 
 @click.group("audit", invoke_without_command=True)
 @click.option("--profile", help="Only this profile.")
-@click.option("--last", default=50, show_default=True, help="How many lines; 0 for all.")
+@click.option(
+    "--last",
+    type=click.IntRange(0),
+    default=50,
+    show_default=True,
+    help="How many lines; 0 for all.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the lines as they are kept.")
 @click.pass_context
 def audit_command(ctx: click.Context, profile: str | None, last: int, as_json: bool) -> None:
@@ -38,7 +43,7 @@ def verify() -> None:
 
 def _said(line: dict[str, Any]) -> str:
     told = ("n", "at", "event", "profile", "prev", "fingerprint")
-    when = on_the_clock(datetime.fromisoformat(line["at"]))
+    when = datetime.fromisoformat(line["at"]).astimezone().strftime("%Y-%m-%d %H:%M:%S")
     rest = "  ".join(f"{k}={v}" for k, v in line.items() if k not in told and v != "")
     what = f"{line['profile']:<10}  {line['event']:<9}  {line.get('fingerprint', ''):<8}"
     return f"{when}  {what}  {rest}".rstrip()

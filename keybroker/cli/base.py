@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from errno import ENOSPC
 from functools import wraps
 from importlib import import_module
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import click
 
 from keybroker import __version__
-from keybroker.errors import KeybrokerError
+from keybroker.errors import KeybrokerError, OutputLost
 
 COMMANDS = {
     "get": ("keys", "Print the current key of a profile, for apiKeyHelper."),
@@ -45,6 +46,11 @@ class _Commands(click.Group):
                 sys.stdout.flush()
         except BrokenPipeError:
             raise _NobodyReadsError from None
+        except OSError as error:
+            if error.errno != ENOSPC:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left is not tried again at exit
+            raise OutputLost("output: cannot be written (No space left on device)") from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)

@@ -30,7 +30,7 @@ def check() -> None:
     for profile in config.profiles.values():
         for text in profile.warnings:
             print(coloured(f"warning: {text}", "yellow"))
-    if not config.files:
+    if not config.profiles:
         config.profile(None)
     files = ", ".join(str(file) for file in config.files)
     count = len(config.profiles)

@@ -27,10 +27,10 @@ from keybroker.clock import Clock, judge
 from keybroker.config import Config, Profile
 from keybroker.credential import Credential
 from keybroker.errors import (
+    CLASSES,
     ConfigError,
     JournalError,
     NotReady,
-    SourceDenied,
     SourceInvalid,
     SourceUnavailable,
 )
@@ -135,7 +135,10 @@ def _from_cache(
         with desk(config, lock=None, only=profile) as at:
             return at.broker.credential(profile.name)
     sealed = sealed_alone(config, profile)
-    if sealed is None or sealed.issuer != profile.issuer:
+    if sealed is None or (sealed.issuer.type, sealed.issuer.url) != (
+        profile.issuer.type,
+        profile.issuer.url,
+    ):
         return None
     reading = judge(sealed.anchor, Clock().read())
     ends = sealed.credential.lease.expires_at
@@ -168,9 +171,18 @@ def rotate_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
     The new key is verified before the old one is given up, and the old one is revoked one hold
     later. A source whose keys somebody else rotates is read again.
     """
+    _not_both(profile, every)
     config = configuration()
     chosen = list(config.profiles.values()) if every else [config.profile(profile)]
     if dry_run:
+        Journal(state()).read()  # damaged, it would stop the real thing
+        plan = [
+            {"profile": one.name, "mints_at": one.issuer.url if minted(one) else None}
+            for one in chosen
+        ]
+        if as_json:
+            print_json(plan)
+            return
         for one in chosen:
             what = f"minted at {one.issuer.url}" if minted(one) else "read again"
             print(f"{one.name}: a new key would be {what}")
@@ -215,9 +227,14 @@ def rotate_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
         raise first_problem
 
 
+def _not_both(profile: str | None, every: bool) -> None:
+    if every and profile is not None:
+        raise click.UsageError("name a profile or give --all, not both")
+
+
 def _rotated_or_failed(at: Desk, profile: Profile) -> bool:
     slots = at.broker.slots(profile.name)
-    return not slots.rotate or slots.failures > 1
+    return not slots.rotate or slots.failures > 0
 
 
 def _say_rotated(result: dict[str, object]) -> None:
@@ -248,6 +265,7 @@ def revoke_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
     It works from the journal alone: a configuration that is gone or broken is not needed, only
     the admin key that minted them.
     """
+    _not_both(profile, every)
     try:
         config = configuration()
     except ConfigError as error:
@@ -269,9 +287,17 @@ def revoke_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
                 hint="end it where it was made",
             )
     if dry_run:
-        for name in chosen:
-            for key in known[name].keys if name in known else ():
-                print(f"{name}: {key.fingerprint} at {key.issuer} would be revoked")
+        doomed = [(name, key) for name in chosen if name in known for key in known[name].keys]
+        if as_json:
+            print_json(
+                [
+                    {"profile": name, "fingerprint": key.fingerprint, "at": str(key.issuer)}
+                    for name, key in doomed
+                ]
+            )
+            return
+        for name, key in doomed:
+            print(f"{name}: {key.fingerprint} at {key.issuer} would be revoked")
         return
     with owner() as lock, desk(config, lock=lock) as at:
         results = [_revoke(at, name) for name in chosen]
@@ -287,10 +313,10 @@ def revoke_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
     left = [result for result in results if result["left"]]
     if left:
         first = left[0]
-        kind = SourceDenied if first["denied"] else SourceUnavailable
+        kind = CLASSES.get(str(first["code"]), SourceUnavailable)
         raise kind(
             f"{first['profile']}: {first['left']} not yet confirmed: {first['error']}",
-            hint="it is tried again by every later command; see keybroker status",
+            hint=str(first["hint"] or "every later command tries again; see keybroker status"),
         )
 
 
@@ -302,7 +328,8 @@ def _revoke(at: Desk, name: str) -> dict[str, object]:
             "left": 0,
             "unsettled": 0,
             "error": None,
-            "denied": False,
+            "code": None,
+            "hint": None,
         }
     count = _ours(at, name)
     at.broker.retire(name, "revoked by request", now=True)
@@ -318,7 +345,8 @@ def _revoke(at: Desk, name: str) -> dict[str, object]:
         "left": left,
         "unsettled": at.broker.unsettled(name),
         "error": trouble.message if trouble else None,
-        "denied": trouble is not None and trouble.code == SourceDenied.code,
+        "code": trouble.code if trouble else None,
+        "hint": trouble.hint if trouble else None,
     }
 
 
@@ -329,7 +357,7 @@ def _ours(at: Desk, name: str) -> int:
 def _revoked_or_denied(at: Desk, name: str) -> bool:
     """Say whether trying again now would be no use."""
     slots = at.broker.slots(name)
-    denied = slots.trouble is not None and slots.trouble.code == SourceDenied.code
+    denied = slots.trouble is not None and slots.trouble.code != SourceUnavailable.code
     keys = [key for key in slots.keys if key.lease.revocable]
     looked = all(one.looks or one.failures for one in slots.open)
     return looked and (not keys or (denied and all(key.failures for key in keys)))
@@ -349,6 +377,11 @@ def sweep_command(profile: str | None, yes: bool, dry_run: bool, as_json: bool) 
     config = configuration()
     chosen = [config.profile(profile)] if profile else list(config.profiles.values())
     places = {one.issuer: one for one in chosen if minted(one)}
+    if not places:
+        raise ConfigError(
+            "sweep: no configured profile mints keys, so no gateway can be asked",
+            hint="keybroker config path",
+        )
     with owner() as lock, desk(config, lock=lock) as at:
         begins = prefix(at.instance)
         known = {one.label for name in at.broker.names() for one in at.broker.slots(name).all}

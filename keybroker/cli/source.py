@@ -11,7 +11,7 @@ from keybroker.cli.work import Desk, configuration, desk, minted, owner
 from keybroker.clock import Clock
 from keybroker.config import Profile
 from keybroker.credential import Credential
-from keybroker.errors import KeybrokerError, SourceInvalid
+from keybroker.errors import CacheLocked, KeybrokerError, SourceInvalid, SourceUnavailable
 from keybroker.label import new_label
 from keybroker.worker import decode_credential
 
@@ -50,6 +50,7 @@ def test(profile: str | None, as_json: bool) -> None:
 
 
 def _whole_life(at: Desk, profile: Profile, report: "_Report") -> None:
+    report.step("keep", lambda: _keep(at))
     label = new_label(at.instance, profile.name, Clock().read().wall)
     credential = report.step("issue", lambda: _issue(at, profile, label))
     try:
@@ -87,6 +88,16 @@ class _Report:
             print(f"{mark}  {name:<8} {seen} ({milliseconds} ms)")
 
 
+def _keep(at: Desk) -> tuple[None, str]:
+    """A key that cannot be sealed would be lost with the process that minted it."""
+    if at.wrap_key.key is None:
+        raise CacheLocked(
+            f"cache: a minted key could not be kept: {at.wrap_key.origin}",
+            hint='unlock the keyring, or set cache.key = "file"; see docs/cache.md',
+        )
+    return None, f"sealed with the {at.wrap_key.origin}"
+
+
 def _issue(at: Desk, profile: Profile, label: str) -> tuple[Credential, str]:
     answer = at.pool.call(profile.type, "issue", SECONDS, profile=profile, label=label)
     return _described(decode_credential(answer["credential"]))
@@ -110,8 +121,9 @@ def _verify(at: Desk, profile: Profile, credential: Credential) -> tuple[str, st
 
 def _alive(at: Desk, profile: Profile, credential: Credential) -> tuple[None, str]:
     look, seen = _verify(at, profile, credential)
-    if look in ("refused", "undecided"):
-        raise SourceInvalid(f"verify: {seen}", hint=f"does {profile.base_url} serve /v1/models?")
+    if look in ("refused", "undecided") or "(401:" in seen:
+        kind = SourceUnavailable if look == "undecided" else SourceInvalid
+        raise kind(f"verify: {seen}", hint=f"does {profile.base_url} serve /v1/models?")
     return None, seen
 
 

@@ -55,6 +55,10 @@ def status_command(profile: str | None, as_json: bool) -> None:
         _print_table(rows)
         for row in rows:
             _print_details(row, at)
+            if len(rows) == 1:
+                _print_settings(row)
+        if len(rows) > 1:
+            print("\nkeybroker status PROFILE prints the settings.json lines of one of them")
         for one in left:
             text = "keybroker revoke " + one["profile"]
             print(
@@ -242,6 +246,9 @@ def _print_details(row: dict[str, Any], at: Desk) -> None:
     _print_keys(row["retired"], row["open"])
     for text in row["warnings"]:
         print(f"  warning      {text}")
+
+
+def _print_settings(row: dict[str, Any]) -> None:
     helper, env = row["settings"]["apiKeyHelper"], row["settings"]["env"]
     print("  settings.json, to paste:")
     print(f'    "apiKeyHelper": {_quoted(helper)},')

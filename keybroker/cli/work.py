@@ -87,6 +87,7 @@ def desk(
             pool,
             instance=paths.instance(where),
             wrap_key=wrap_key.key,
+            origin=wrap_key.origin.removeprefix("memory only: "),
             mints={one.name for one in mints},
             clock=Clock(),
             reread=journal.read,

@@ -83,7 +83,9 @@ class Gateway:
         verdict = self._models(secret)
         if verdict.look is Look.UNDECIDED and not _says(verdict, "4.."):
             return verdict
-        return Verdict(Look.UNVERIFIED, "answers", "a placeholder is not checked")
+        refused = _says(verdict, "401")
+        why = "401: this gateway checks keys" if refused else "a placeholder is not checked"
+        return Verdict(Look.UNVERIFIED, "answers", why)
 
     def close(self) -> None:
         self._http.close()
@@ -162,7 +164,7 @@ def _says(verdict: Verdict, status: str) -> bool:
 def made_up(secret: Secret) -> Secret:
     """Return a key of the same shape that nobody issued."""
     text = secret.reveal()
-    prefix = re.match(r"(?:[a-z]{1,4}[0-9]?-){0,3}", text)
+    prefix = re.match(r"(?:[a-z]{1,4}[0-9]{0,2}-){0,3}", text)
     start = prefix[0] if prefix else ""
     length = max(32, len(text) - len(start))
     return Secret(start + secrets.token_hex((length + 1) // 2)[:length])

@@ -48,7 +48,8 @@ def _file(name: str, environment: Mapping[str, str]) -> str:
             data = file.read(LARGEST_FILE)
     except OSError as error:
         raise ConfigError(
-            f"reference file:{name}: cannot be read ({error.strerror})", hint=f"see {name}"
+            f"reference file:{name}: cannot be read ({error.strerror})",
+            hint="put the key there, in a file of mode 0600",
         ) from None
     if stat.S_ISREG(mode) and mode & 0o077:
         raise ConfigError(
@@ -63,8 +64,10 @@ def _keyring(name: str) -> str:
     try:
         found = oskeyring.read(name)
     except KeybrokerError as error:
+        problem = error.message.removeprefix("keyring: ")
         raise SourceUnavailable(
-            f"reference keyring:{name}: {error.message.removeprefix('keyring: ')}", hint=error.hint
+            f"reference keyring:{name}: {problem}",
+            hint=error.hint or "start a keyring, or use { file = … }",
         ) from None
     if found is None:
         raise SourceDenied(
