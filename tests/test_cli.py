@@ -998,7 +998,7 @@ def test_who_waits_for_the_owner_in_vain_is_told(cli: Cli) -> None:
 
 
 def test_a_mistyped_admin_reference_costs_no_key(cli: Cli) -> None:
-    """The key is for the same gateway: it is handed out on, and so it is when the line is mended."""
+    """It is for the same gateway: handed out on, and so it is when the line is mended."""
     first = cli("get")
     cli.configure(cli.profile().replace('env = "ADMIN"', 'env = "ADNIM"'))
     mistyped = cli("get")
