@@ -155,7 +155,10 @@ class Broker:
     def unsettled(self, name: str) -> int:
         """Count the calls without an answer that may yet turn out to have made a key."""
         at_work = self._profiles[name]
-        return rotation.live(at_work.slots, at_work.policy) - len(at_work.slots.keys)
+        slots, policy, now = at_work.slots, at_work.policy, self.now(name)
+        return rotation.live(slots, policy, now) - rotation.live(
+            replace(slots, open=()), policy, now
+        )
 
     def hurry(self, name: str) -> None:
         """Ask for a new key at once."""
@@ -185,6 +188,13 @@ class Broker:
         soon = self._clock.read().wall + 2 * at_work.policy.retry_min
         return at_work.slots.failures > 0 or step.until is None or step.until > soon
 
+    def about_to_publish(self, name: str) -> bool:
+        """Say whether nothing can be handed out yet, but a new key is on its way."""
+        at_work = self._profiles[name]
+        minting = at_work.busy is not None and isinstance(at_work.busy[1], rotation.Issue)
+        under_way = minting or at_work.slots.next is not None
+        return self.credential(name) is None and under_way
+
     def why_not(self, name: str) -> KeybrokerError:
         """Return what to tell somebody who asked for a key and gets none."""
         at_work = self._profiles[name]
@@ -205,7 +215,7 @@ class Broker:
             kind = CLASSES.get(slots.trouble.code, NotReady)
             hint = slots.trouble.hint or f"keybroker source test {name}"
             return kind(f"{name}: {slots.trouble.message}", hint=hint)
-        if rotation.live(slots, at_work.policy) >= at_work.policy.max_live:
+        if rotation.live(slots, at_work.policy, self.now(name)) >= at_work.policy.max_live:
             unsure = self.unsettled(name)
             if unsure:
                 return NotReady(
@@ -298,7 +308,8 @@ class Broker:
         may_issue = at_work.name in self._mints and not self._cannot_keep(at_work)
         step = rotation.next_step(slots, policy, now)
         if isinstance(step, rotation.Poll) and at_work.name not in self._mints:
-            step = rotation.Wait(None)
+            read = replace(slots, polled_at=now, rotate=False)
+            step = rotation.next_step(read, replace(policy, poll=timedelta(days=1)), now)
         if isinstance(step, rotation.Issue) and not (may_issue and at_work.profile is not None):
             step = rotation.next_step(slots, replace(policy, max_live=0), now)
         if isinstance(step, rotation.Wait):
@@ -328,6 +339,8 @@ class Broker:
             return
         slots = at_work.slots
         if at_work.policy.kind is Kind.FOLLOWED:
+            if sealed.issuer != at_work.policy.issuer or slots.current is not None:
+                return  # of another source; or the journal has a key that is to be retired first
             key = _followed(sealed.label, sealed.credential, sealed.issuer, at_work.policy)
             slots = replace(
                 slots,
@@ -423,7 +436,7 @@ class Broker:
     def _retire(self, at_work: _Profile, step: rotation.Retire) -> None:
         """Retire a key: at once if nobody was given it, else after its hold."""
         key = _known(at_work.slots, step.label)
-        if at_work.policy.kind is Kind.FOLLOWED:
+        if not key.lease.revocable:  # somebody else keeps it
             at_work.slots = fold(
                 at_work.slots,
                 Record(self.now(), Event.GONE, at_work.name, step.label, why=step.why),
@@ -456,8 +469,10 @@ class Broker:
         /,
         **values: Any,
     ) -> None:
-        kind = at_work.policy.issuer.type
-        number = self._workers.send(kind, op, calls + EXTRA_SECONDS, **values)
+        issuer: Issuer = values.get(
+            "issuer", at_work.policy.issuer
+        )  # of the key, or of the profile
+        number = self._workers.send(issuer.type, op, calls + EXTRA_SECONDS, **values)
         at_work.busy = (number, step, label)
 
     def _call(self, at_work: _Profile, op: str, profile: Any, **values: Any) -> None:
@@ -465,13 +480,16 @@ class Broker:
         kind = at_work.policy.issuer.type
         seconds = at_work.policy.timeout.total_seconds() + EXTRA_SECONDS
         number = self._workers.send(kind, op, seconds, profile=profile, **values)
-        while True:
+        mine: Answer | None = None
+        while mine is None:
             for answer in self._workers.receive(seconds):
                 if answer.id == number:
-                    if answer.error is not None:
-                        raise answer.error
-                    self._apply(at_work, answer)
-                    return
+                    mine = answer
+                else:
+                    self.take([answer])
+        if mine.error is not None:
+            raise mine.error
+        self._apply(at_work, mine)
 
     # taking in
 
@@ -523,7 +541,8 @@ class Broker:
                 current = slots.current
                 if current is not None and verified is not None:
                     current = replace(current, verified=verified.method)
-                at_work.slots = replace(slots, current=current, retired=())
+                minted = tuple(key for key in slots.retired if key.lease.revocable)
+                at_work.slots = replace(slots, current=current, retired=minted)
         elif isinstance(step, rotation.Retire) and step.bad:
             problem = f"{policy.issuer.type}: a new key was given up: {step.why}"
             self._fail(at_work, SourceUnavailable(problem))

@@ -151,6 +151,8 @@ def read_texts(value: Any) -> tuple[str, ...]:
 def read_table(value: Any) -> dict[str, str]:
     if not isinstance(value, dict) or not all(_text(part) for part in value.values()):
         raise ValueError('expected a table of texts: { name = "value" }')
+    if any(looks_like_key(part) for part in value.values()):
+        raise ValueError("a value looks like a key; this file holds no secret")
     return dict(value)
 
 

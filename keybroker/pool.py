@@ -80,6 +80,7 @@ class Pool:
         self._command = command or COMMAND
         self._workers: dict[str, _Worker] = {}
         self._next_id = 0
+        self._kept: list[Answer] = []  # came while somebody waited for another
 
     def send(self, kind: str, op: str, seconds: float, /, **values: Any) -> int:
         """Ask a worker of a kind for an operation; `seconds` is its hard limit."""
@@ -96,6 +97,9 @@ class Pool:
 
     def receive(self, seconds: float) -> list[Answer]:
         """Wait for answers, at most so long. A worker past its limit is killed and answers so."""
+        if self._kept:
+            kept, self._kept = self._kept, []
+            return kept
         until = time.monotonic() + seconds
         while True:
             now = time.monotonic()
@@ -121,12 +125,18 @@ class Pool:
             KeybrokerError: What the worker answered, or that it died.
         """
         wanted = self.send(kind, op, seconds, **values)
-        while True:
+        others: list[Answer] = []
+        mine: Answer | None = None
+        while mine is None:
             for answer in self.receive(seconds + 2 * GRACE_SECONDS):
                 if answer.id == wanted:
-                    if answer.error is not None:
-                        raise answer.error
-                    return answer.ok or {}
+                    mine = answer
+                else:
+                    others.append(answer)
+        self._kept += others
+        if mine.error is not None:
+            raise mine.error
+        return mine.ok or {}
 
     def close(self, *, at_once: bool = False) -> None:
         """Let the workers finish what they do, and end; or end them where they are."""

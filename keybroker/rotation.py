@@ -19,6 +19,7 @@ SECOND_REFUSAL_AFTER = timedelta(seconds=1)
 # is when no gateway or proxy in between can still be holding the request.
 LOOK_UPS = (timedelta(seconds=5), timedelta(seconds=60), timedelta(minutes=10), timedelta(hours=1))
 MOVED = "the profile names another source now"
+ENDED_AFTER = timedelta(minutes=1)  # its end, by a gateway whose clock is a little behind
 SETTLED = LOOK_UPS[1]  # looked up after this, an open label no longer counts as a live key
 
 
@@ -182,9 +183,22 @@ def phase(slots: Slots, policy: Policy, now: datetime) -> Phase:
     return Phase.STALE if due is not None and now >= due else Phase.FRESH
 
 
-def live(slots: Slots, policy: Policy) -> int:
-    """Count what may be alive at the gateway: keys, and open labels not yet settled."""
-    return len(slots.keys) + sum(not _settled(open_, policy) for open_ in slots.open)
+def live(slots: Slots, policy: Policy, now: datetime) -> int:
+    """
+    Count what may be alive at the gateway: keys, and open labels not yet settled.
+
+    What has ended by itself is not alive, though nobody could confirm it: a gateway that is gone
+    for good must not keep its successor from minting.
+    """
+    keys = sum(
+        key.lease.expires_at is None or now < key.lease.expires_at + ENDED_AFTER
+        for key in slots.keys
+    )
+    opened = sum(
+        not _settled(one, policy) and now < one.since + policy.timeout + one.lifetime + LOOK_UPS[-1]
+        for one in slots.open
+    )
+    return keys + opened
 
 
 def next_step(slots: Slots, policy: Policy, now: datetime) -> Step:
@@ -282,7 +296,7 @@ def _replacement(slots: Slots, policy: Policy, now: datetime) -> Iterator[tuple[
                 wanted = max(wanted, slots.polled_at + min(policy.poll, timedelta(seconds=5)))
         yield max(wanted or now, slots.not_before or now), Poll()
         return
-    if wanted is None or live(slots, policy) >= policy.max_live:
+    if wanted is None or live(slots, policy, now) >= policy.max_live:
         return
     spaced = now
     if slots.wanted_at is not None and slots.wanted_at <= now:  # else the clock was set back

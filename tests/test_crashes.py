@@ -42,7 +42,7 @@ COMMANDS = {
 }
 CASES = [(effect, when, who) for effect in EFFECTS for when in WHEN for who in WHO]
 DATABASE_IS_OUT = Status(
-    500, {}, b'{"error": {"message": "{\'error\': \'Internal Server Error.\'}"}}'
+    500, {}, b'{"error": {"message": "{\'error\': \'Internal Server Error.\'}", "code": "500"}}'
 )
 SETTLED_SECONDS = 8.5  # the call's deadline, and the second look-up after it
 KILLS = 300

@@ -411,8 +411,9 @@ _DISABLED = json.dumps(
 @pytest.mark.parametrize(
     ("status", "body", "over"),
     [
-        (500, b'{"error": {"message": "Internal Server Error."}}', True),
-        (503, b'{"error": {"message": "no database", "type": "no_db_connection"}}', True),
+        (500, b'{"error": {"message": "Internal Server Error.", "code": "500"}}', True),
+        (503, b'{"error": {"message": "no database", "code": "503"}}', True),
+        (500, b'{"error": {"message": "of a load balancer"}}', False),
         (502, b'{"error": {"message": "bad gateway"}}', False),
         (504, b"<html>", False),
         (500, b"<html>", False),

@@ -114,6 +114,8 @@ def _as_owner(config: Config, profile: Profile, lock: int, say: bool) -> Credent
     with desk(config, lock=lock, mints=[profile], only=profile) as at:
         broker = at.broker
         drive(at, lambda: broker.settled(profile.name), ANSWER_SECONDS)
+        # A key that a slow gateway has minted by now is not thrown away for a few seconds.
+        drive(at, lambda: not broker.about_to_publish(profile.name), ANSWER_SECONDS)
         found = broker.credential(profile.name)
         if found is None:
             raise broker.why_not(profile.name)
@@ -376,7 +378,7 @@ def sweep_command(profile: str | None, yes: bool, dry_run: bool, as_json: bool) 
     """
     config = configuration()
     chosen = [config.profile(profile)] if profile else list(config.profiles.values())
-    places = {one.issuer: one for one in chosen if minted(one)}
+    places = {(one.type, one.issuer.url): one for one in chosen if minted(one)}
     if not places:
         raise ConfigError(
             "sweep: no configured profile mints keys, so no gateway can be asked",

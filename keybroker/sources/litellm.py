@@ -220,7 +220,7 @@ class LiteLLM:
             )
         # Its own envelope says that the proxy is done with the call; a 502 or 504 of something
         # in between does not.
-        over = isinstance(reply.value, dict) and "error" in reply.value and status in (500, 503)
+        over = status in (500, 503) and _is_the_proxy_s_own(reply)
         raise SourceUnavailable(
             f"{who} failed to {doing} ({status})",
             retry_after=reply.retry_after,
@@ -269,6 +269,12 @@ def _message(reply: Reply) -> str:
     if isinstance(problem, dict):
         problem = problem.get("message", problem.get("error"))
     return problem if isinstance(problem, str) else ""
+
+
+def _is_the_proxy_s_own(reply: Reply) -> bool:
+    """Tell LiteLLM's error envelope, which repeats the status as text, from another's."""
+    problem = reply.value.get("error") if isinstance(reply.value, dict) else None
+    return isinstance(problem, dict) and problem.get("code") == str(reply.status)
 
 
 def _param(reply: Reply) -> str:
