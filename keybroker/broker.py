@@ -211,10 +211,6 @@ class Broker:
                 hint="check the date, then try again",
             )
         slots = at_work.slots
-        if slots.trouble is not None:
-            kind = CLASSES.get(slots.trouble.code, NotReady)
-            hint = slots.trouble.hint or f"keybroker source test {name}"
-            return kind(f"{name}: {slots.trouble.message}", hint=hint)
         if rotation.live(slots, at_work.policy, self.now(name)) >= at_work.policy.max_live:
             unsure = self.unsettled(name)
             if unsure:
@@ -223,11 +219,17 @@ class Broker:
                     hint="they are looked up for a minute; then try again",
                 )
             ends = min((key.revoke_at for key in slots.retired if key.revoke_at), default=None)
-            left = "" if ends is None else f" for {(ends - self.now()).total_seconds():.0f} s more"
+            wait = timedelta() if ends is None else max(timedelta(), ends - self.now())
+            left = "" if not wait else f" for {wait.total_seconds():.0f} s more"
+            why = "" if slots.trouble is None else f" ({slots.trouble.message})"
             return NotReady(
-                f"{name}: {at_work.policy.max_live} keys are unrevoked, the most allowed{left}",
+                f"{name}: {len(slots.keys)} keys are unrevoked, the most allowed{left}{why}",
                 hint=f"wait, or end them all: keybroker revoke {name}",
             )
+        if slots.trouble is not None:
+            kind = CLASSES.get(slots.trouble.code, NotReady)
+            hint = slots.trouble.hint or f"keybroker source test {name}"
+            return kind(f"{name}: {slots.trouble.message}", hint=hint)
         return NotReady(f"{name}: no key yet", hint="try again, or see keybroker status")
 
     def turn(self) -> datetime | None:
@@ -441,7 +443,9 @@ class Broker:
                 at_work.slots,
                 Record(self.now(), Event.GONE, at_work.name, step.label, why=step.why),
             )
-            self._fail(at_work, SourceInvalid(f"{key.lease.source}: the key is {step.why}"))
+            self._fail(
+                at_work, SourceInvalid(f"{key.lease.source}: a key was given up: {step.why}")
+            )
             return
         handed_out = key is at_work.slots.current
         now = self._clock.read().wall

@@ -190,15 +190,17 @@ def live(slots: Slots, policy: Policy, now: datetime) -> int:
     What has ended by itself is not alive, though nobody could confirm it: a gateway that is gone
     for good must not keep its successor from minting.
     """
-    keys = sum(
-        key.lease.expires_at is None or now < key.lease.expires_at + ENDED_AFTER
-        for key in slots.keys
-    )
+    keys = sum(not _ended(key, now) for key in slots.keys)
     opened = sum(
         not _settled(one, policy) and now < one.since + policy.timeout + one.lifetime + LOOK_UPS[-1]
         for one in slots.open
     )
     return keys + opened
+
+
+def _ended(key: Key, now: datetime) -> bool:
+    ends = key.lease.expires_at
+    return ends is not None and now >= ends + min(ENDED_AFTER, (ends - key.lease.issued_at) / 4)
 
 
 def next_step(slots: Slots, policy: Policy, now: datetime) -> Step:

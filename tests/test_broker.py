@@ -599,7 +599,7 @@ def test_a_refused_new_value_is_told(host: Host) -> None:
     host.run(10)
     error = host.broker.why_not("work")
     assert isinstance(error, SourceInvalid)
-    assert error.message == "work: static: the key is the gateway refused it (401)"
+    assert error.message == "work: static: a key was given up: the gateway refused it (401)"
 
 
 def condemn(host: Host) -> None:

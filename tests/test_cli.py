@@ -23,6 +23,7 @@ from keybroker.config import load, schema
 from keybroker.devgateway import DevGateway
 from keybroker.paths import state_directory, take_owner_lock
 from tests.conftest import Home
+from tests.servers.faults import Faults, PauseResponse
 
 COMMAND = [sys.executable, "-c", "from keybroker.cli import main; main()"]
 KEY = re.compile(r"sk-[A-Za-z0-9_-]{43}\n")
@@ -1040,3 +1041,62 @@ def test_sweep_without_a_gateway_to_ask_says_so(cli: Cli) -> None:
 
     assert (status, stdout) == (78, "")
     assert stderr.startswith("keybroker: sweep: no configured profile mints keys")
+
+
+def test_a_key_that_somebody_else_keeps_may_move(cli: Cli) -> None:
+    """Its old value is of the old place: the new place is read at once."""
+    moved = (
+        '[profiles.own]\nbase_url = "http://127.0.0.1:1"\nverify = "none"\n[profiles.own.source]\n'
+    )
+    environment = {"K1": "sk-first-of-the-two", "K2": "sk-second-of-the-two"}
+    for name, key in environment.items():
+        cli.configure(f'{moved}type = "static"\nkey = {{ env = "{name}" }}\n')
+        assert cli("get", environment=environment) == (0, f"{key}\n", "")
+
+
+def test_minted_keys_of_a_profile_that_turned_static_are_ended(cli: Cli) -> None:
+    """Where they were minted, one hold later; until then they are listed."""
+    short = cli.profile(settings='helper_ttl = "1s"\nhold = "1s"', source='lifetime = "10m"')
+    cli.configure(short)
+    cli("get")
+    cli("rotate")
+    cli.configure(
+        f'[profiles.work]\nbase_url = "{cli.gateway.url}"\n[profiles.work.source]\n'
+        'type = "static"\nplaceholder = "ollama"\n'
+    )
+    assert cli("get") == (0, "ollama\n", "")
+    until = time.monotonic() + 20
+    while cli.live() and time.monotonic() < until:
+        assert cli("get")[1] == "ollama\n"
+    assert cli.live() == 0
+
+
+def test_revoke_all_ends_the_keys_of_every_profile(cli: Cli) -> None:
+    """Also while one of them is at work already, and without waiting for nothing."""
+    short = 'helper_ttl = "1s"\nhold = "1s"'
+    cli.configure(*(cli.profile(name, short, 'lifetime = "10m"') for name in ("a", "b")))
+    for arguments in (["get", "a"], ["get", "b"], ["rotate", "b"]):
+        assert cli(*arguments)[0] == 0
+    until = time.monotonic() + 1.2  # a revocation of b falls due
+    while time.monotonic() < until:
+        cli("status")
+    started = time.monotonic()
+    status, stdout, stderr = cli("revoke", "--all")
+
+    assert (status, stderr) == (0, "")
+    assert stdout.startswith("a: 1 revoked\nb: ")
+    assert cli.live() == 0
+    assert time.monotonic() - started < 10
+
+
+def test_a_key_of_a_slow_gateway_is_not_thrown_away(cli: Cli) -> None:
+    """Three calls of three seconds are more than an answer may take; the key is printed."""
+    with Faults(cli.gateway.url) as faults:
+        cli.configure(cli.profile().replace(cli.gateway.url, faults.url))
+        for path in ("/key/generate", "/v1/models"):
+            faults.next(PauseResponse(at_most=3.0), path=path, times=None)
+        status, stdout, stderr = cli("get")
+
+    assert (status, stderr) == (0, "")
+    assert KEY.fullmatch(stdout)
+    assert cli.live() == 1

@@ -287,3 +287,16 @@ def test_the_journal_says_every_step_in_order() -> None:
         *(Event.WANTED, Event.HAVE, Event.SWAP),
         *(Event.WANTED, Event.HAVE, Event.SWAP, Event.GONE),
     ]
+
+
+def test_a_longer_hold_is_given_to_readers_of_the_old_key() -> None:
+    """Who was handed a key may have read the new configuration since."""
+    made = world()
+    assert made.ask() is not None
+    made.profile = profile(hold="30m")
+    made.start()
+    made.broker.hurry("work")
+    made.run(2)
+    [old] = made.slots.retired
+    assert old.revoke_at is not None
+    assert old.revoke_at - made.time.read().wall > timedelta(minutes=29)

@@ -487,9 +487,9 @@ def waiting(after: timedelta) -> Slots:
 
 def test_an_open_label_counts_as_a_key_until_a_minute_after_its_deadline() -> None:
     """Four may live; three open labels and the current key are four until they were looked up."""
-    assert live(waiting(MINUTE - TICK), MINTED) == 4
+    assert live(waiting(MINUTE - TICK), MINTED, NOW) == 4
     assert next_step(waiting(MINUTE - TICK), MINTED, NOW) == Settle("kb-a", False)
-    assert live(waiting(MINUTE), MINTED) == 1
+    assert live(waiting(MINUTE), MINTED, NOW) == 1
     assert next_step(waiting(MINUTE), MINTED, NOW) == Issue()
 
 
@@ -497,7 +497,7 @@ def test_no_more_than_max_live_keys() -> None:
     """Keys that are still to be revoked count: a gateway that revokes nothing gets no more."""
     retired = tuple(replace(RETIRED, label=f"kb-{n}") for n in "abc")
     slots = Slots(current=STALE, retired=retired)
-    assert live(slots, MINTED) == 4
+    assert live(slots, MINTED, NOW) == 4
     assert next_step(slots, MINTED, NOW) == Wait(NOW + 3 * MINUTE)
     assert next_step(slots, replace(MINTED, max_live=5), NOW) == Issue()
     assert next_step(replace(slots, retired=retired[1:]), MINTED, NOW) == Issue()
@@ -771,7 +771,7 @@ def test_nothing_is_asked_for_beyond_the_limits(slots: Slots, now: datetime) -> 
     """An Issue means: fewer than max_live, no backoff pending, and the interval has passed."""
     if next_step(slots, MINTED, now) != Issue():
         return
-    assert live(slots, MINTED) < MINTED.max_live
+    assert live(slots, MINTED, now) < MINTED.max_live
     assert slots.not_before is None or slots.not_before <= now
     if slots.wanted_at is not None:
         assert not now - MINTED.retry_min < slots.wanted_at <= now
