@@ -75,11 +75,10 @@ def get_command(profile: str | None) -> None:
     """
     config = configuration()
     wanted = config.profile(profile)
-    credential = answer(config, wanted)
-    del credential
+    answer(config, wanted)
 
 
-def answer(config: Config, profile: Profile, *, say: bool = True) -> Credential:
+def answer(config: Config, profile: Profile) -> None:
     """
     Find the key to hand out, print it, then do what else is due.
 
@@ -93,13 +92,15 @@ def answer(config: Config, profile: Profile, *, say: bool = True) -> Credential:
             # Its owner may be waiting for the network, or be about to seal what we wait for.
             written = sealed_at(state(), profile.name)
             if written != seen and (found := _from_cache(config, profile)) is not None:
-                return _hand_out(profile, found, say)
+                _hand_out(profile, found)
+                return
             seen = written
             if time.monotonic() > until:
                 raise at_work_elsewhere()
             time.sleep(0.05)
         try:
-            return _as_owner(config, profile, lock, say)
+            _as_owner(config, profile, lock)
+            return
         finally:
             os.close(lock)
     except JournalError:
@@ -107,10 +108,10 @@ def answer(config: Config, profile: Profile, *, say: bool = True) -> Credential:
         kept = _from_cache(config, profile, journal_is_broken=True)
         if kept is None:
             raise
-        return _hand_out(profile, kept, say)
+        _hand_out(profile, kept)
 
 
-def _as_owner(config: Config, profile: Profile, lock: int, say: bool) -> Credential:
+def _as_owner(config: Config, profile: Profile, lock: int) -> None:
     with desk(config, lock=lock, mints=[profile], only=profile) as at:
         broker = at.broker
         drive(at, lambda: broker.settled(profile.name), ANSWER_SECONDS)
@@ -119,14 +120,13 @@ def _as_owner(config: Config, profile: Profile, lock: int, say: bool) -> Credent
         found = broker.credential(profile.name)
         if found is None:
             raise broker.why_not(profile.name)
-        _hand_out(profile, found, say)
+        _hand_out(profile, found)
         # The reader waits for our end. What a gateway that hangs keeps us from doing now, a later
         # command does: a look-up or a revocation that is cut off is done again.
         broker.wind_down()
         with suppress(JournalError):  # it was answered, and is not answered twice
             drive(at, lambda: False, AFTERWARDS_SECONDS, patience=0)
         at.pool.close(at_once=True)
-        return found
 
 
 def _from_cache(
@@ -148,7 +148,7 @@ def _from_cache(
     return sealed.credential if alive else None
 
 
-def _hand_out(profile: Profile, credential: Credential, say: bool) -> Credential:
+def _hand_out(profile: Profile, credential: Credential) -> None:
     Audit(state()).write(
         Clock().read().wall,
         "given",
@@ -156,10 +156,8 @@ def _hand_out(profile: Profile, credential: Credential, say: bool) -> Credential
         fingerprint=credential.secret.fingerprint,
         **asker(),
     )
-    if say:
-        sys.stdout.write(f"{credential.secret.reveal()}\n")
-        sys.stdout.flush()
-    return credential
+    sys.stdout.write(f"{credential.secret.reveal()}\n")
+    sys.stdout.flush()
 
 
 @click.command("rotate")
