@@ -65,7 +65,7 @@ def _backend() -> "KeyringBackend":
     except CacheLocked:
         raise
     except Exception:
-        raise CacheLocked("keyring: there is no Secret Service here") from None
+        raise CacheLocked("keyring: there is no keyring service here") from None
 
 
 def _check_unlocked() -> None:

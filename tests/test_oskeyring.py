@@ -144,7 +144,7 @@ def test_a_bus_without_a_keyring_leaves_memory(home: Home) -> None:
         auto, by_name = ask(home, keyring, "auto"), ask(home, keyring, "keyring")
 
     assert auto["key"] is None
-    assert auto["origin"].startswith("memory only: keyring: there is none here")
+    assert auto["origin"].startswith("memory only: keyring: there is no keyring service here")
     assert (by_name["error"], by_name["status"]) == ("CacheLocked", 69)
 
 
@@ -153,7 +153,7 @@ def test_no_bus_at_all_leaves_memory(home: Home) -> None:
     auto, by_name = ask(home, None, "auto"), ask(home, None, "keyring")
 
     assert auto["key"] is None
-    assert auto["origin"].startswith("memory only: keyring: there is none here")
+    assert auto["origin"].startswith("memory only: keyring: there is no keyring service here")
     assert (by_name["error"], by_name["status"]) == ("CacheLocked", 69)
 
 
@@ -183,4 +183,4 @@ def test_no_backend_is_searched_for(home: Home) -> None:
     found = ask(home._replace(environment=environment), None, "auto")
 
     assert found["key"] is None
-    assert found["origin"].startswith("memory only: keyring: there is none here")
+    assert found["origin"].startswith("memory only: keyring: there is no keyring service here")

@@ -11,8 +11,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
-from keybroker.journal import Journal
-from keybroker.slots import Slots, replay
+import httpx
+
 from tests.crash.entry import ENTRY
 from tests.servers.faults import Faults
 from tests.servers.litellm import LiteLLM
@@ -66,6 +66,7 @@ class Stage:
 
     def point_at(self, url: str, admin: str | None = None) -> None:
         """Write the configuration; with another admin key, as one who moved to another gateway."""
+        self.url = url
         path = self.home / "admin"
         if admin is not None:
             path = self.home / "other-admin"
@@ -97,7 +98,13 @@ class Stage:
         self.said.append(err)
         if first.startswith("sk-") and first.endswith("\n"):
             self.printed.append(Printed(at, sha256(first.strip().encode()).hexdigest()))
+            self.use(first.strip())
         return process.returncode
+
+    def use(self, key: str) -> None:
+        """Make a request with a key that was printed; the gateway's log has what came of it."""
+        headers = {"x-api-key": key, "anthropic-version": "2023-06-01"}
+        httpx.get(f"{self.url}/v1/models", headers=headers, trust_env=False, timeout=20)
 
     def run(self, *arguments: str, **plan: Any) -> int:
         return self.finish(self.start(*arguments, **plan))
@@ -106,10 +113,6 @@ class Stage:
     def state(self) -> Path:
         [state] = (self.home / ".local/state/keybroker").iterdir()
         return state
-
-    @property
-    def slots(self) -> Slots:
-        return replay(Journal(self.state).read()).get("work", Slots())
 
     @property
     def instance(self) -> str:
@@ -121,27 +124,28 @@ def on_request(stage: Stage, one: Printed, gone: datetime) -> bool:
     return any(one.at - HOLD < asked <= gone for asked in stage.revoked)
 
 
-def violations(stage: Stage, litellm: LiteLLM) -> list[str]:
+def violations(stage: Stage, litellm: LiteLLM, *, settled: bool = True) -> list[str]:
     """
-    Judge by LiteLLM's own tables what became of a stage's keys.
+    Judge by LiteLLM's own tables and request log what became of a stage's keys.
 
-    Keys that were not deleted are the current one and retired ones that are not yet due; what was
-    printed was alive at that time, and for its hold.
+    Nothing of keybroker's is read but its name for itself. What was printed was alive at that time
+    and for its hold, and the requests that were made with it were answered. Once all is settled,
+    and every hold over, the one key that lives is the one that was printed last.
     """
     found = []
     prefix = f"kb-{stage.instance}-"
     rows = [row for row in litellm.key_rows() if str(row["key_alias"]).startswith(prefix)]
     deleted = {row["token"]: row["deleted_at"] for row in litellm.deleted_key_rows()}
-    slots, now = stage.slots, datetime.now(UTC)
-    known = {key.label for key in slots.keys if key.revoke_at is None or key.revoke_at > now}
-    forgotten = {row["key_alias"] for row in rows} - known
-    if forgotten:
+    if not stage.printed:
+        return ["nothing was ever printed"]
+    last = stage.printed[-1].key_sha256
+    forgotten = {row["key_alias"] for row in rows if row["token"] != last}
+    if settled and forgotten:
         found.append(f"{len(forgotten)} keys live at the gateway, and should not: {forgotten}")
-    if slots.current is None:
-        found.append("no current key in the end")
-    elif slots.current.label not in {row["key_alias"] for row in rows}:
-        found.append("the current key does not live at the gateway")
+    if settled and last not in {row["token"] for row in rows}:
+        found.append("the key that was printed last does not live at the gateway")
     blocked = {row["token"] for row in rows if row["blocked"]}
+    log = litellm.request_log()
     slack = timedelta(milliseconds=300)  # the database writes a moment after it was told
     for one in stage.printed:
         gone = deleted.get(one.key_sha256)
@@ -151,6 +155,7 @@ def violations(stage: Stage, litellm: LiteLLM) -> list[str]:
             found.append("a key was revoked within its reader's hold")
         if one.key_sha256 in blocked:
             found.append("a key that the gateway refuses was printed")
-    if not stage.printed:
-        found.append("nothing was ever printed")
+        used = [r for r in log if r.key_sha256 == one.key_sha256 and r.started >= one.at]
+        if any(request.status != 200 for request in used if request.started < one.at + HOLD / 2):
+            found.append("a request with a key that was just printed was refused")
     return found
