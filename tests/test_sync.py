@@ -26,7 +26,7 @@ from keybroker.devgateway import DevGateway
 from keybroker.errors import KeybrokerError
 from keybroker.journal import Journal
 from keybroker.paths import Disk
-from keybroker.pool import COMMAND, Pool
+from keybroker.pool import Pool
 from keybroker.rotation import Kind
 from keybroker.slots import Record, Slots, replay
 from keybroker.sources import Capabilities
@@ -144,9 +144,21 @@ PUBLISHED = [
 REVOKED = ["send /key/delete", "receive", "write gone", "sync journal", "answer"]
 
 
+def worker_open_to_strace(patch: str = "pass") -> tuple[str, ...]:
+    """An ordinary user's strace cannot read a process that is closed to debuggers."""
+    script = (
+        "from keybroker import paths, worker\n"
+        "worker._bind_to_parent = lambda parent: None\n"
+        f"{patch}\n"
+        "worker.main()"
+    )
+    return (sys.executable, "-I", "-c", script)
+
+
 def test_a_worker_syncs_before_it_goes_on(home: Home) -> None:
     """The label is on the disk before the call, the lease before the answer, the end after it."""
-    with DevGateway() as gateway, traced(home, gateway, COMMAND) as (ask, done):
+    command = worker_open_to_strace()
+    with DevGateway() as gateway, traced(home, gateway, command) as (ask, done):
         life_of_two_keys(ask)
         first, published, issued, published_again, revoked = done()
         assert gateway.failures == ()
@@ -161,8 +173,7 @@ def test_a_worker_syncs_before_it_goes_on(home: Home) -> None:
 
 def test_the_order_of_a_worker_that_does_not_sync_is_seen(home: Home) -> None:
     """A worker whose journal is not synced does not pass the test above."""
-    script = "from keybroker import paths, worker; paths.Disk.sync = lambda *_: None; worker.main()"
-    command = (sys.executable, "-I", "-c", script)
+    command = worker_open_to_strace("paths.Disk.sync = lambda *_: None")
     with DevGateway() as gateway, traced(home, gateway, command) as (ask, done):
         life_of_two_keys(ask)
         issued = done()[2]
