@@ -157,7 +157,7 @@ class Fault:
     """Something that happens to a request. Returns true to keep the client's connection."""
 
     def __call__(self, exchange: Exchange) -> bool | None:
-        raise NotImplementedError
+        raise TypeError("each fault says what happens")
 
 
 @dataclass(frozen=True, slots=True)
