@@ -447,9 +447,9 @@ class Broker:
                 at_work, SourceInvalid(f"{key.lease.source}: a key was given up: {step.why}")
             )
             return
-        handed_out = key is at_work.slots.current
-        now = self._clock.read().wall
-        revoke_at = now + key.hold if handed_out else now
+        revoke_at = self._clock.read().wall
+        if key is at_work.slots.current:  # it was handed out
+            revoke_at += max(key.hold, at_work.policy.hold)
         self._send(
             at_work,
             step,

@@ -300,3 +300,16 @@ def test_a_longer_hold_is_given_to_readers_of_the_old_key() -> None:
     [old] = made.slots.retired
     assert old.revoke_at is not None
     assert old.revoke_at - made.time.read().wall > timedelta(minutes=29)
+
+
+def test_a_longer_hold_is_given_to_readers_of_a_lost_key() -> None:
+    """A key that is given up without a replacement is left to its readers as long."""
+    made = world()
+    assert made.ask() is not None
+    made.profile = profile(hold="30m")
+    made.disk.remove(STATE / "cache" / "work.sealed")
+    made.start()
+    made.run(2)
+    [lost] = made.slots.retired
+    assert lost.revoke_at is not None
+    assert lost.revoke_at - made.time.read().wall > timedelta(minutes=29)
