@@ -260,24 +260,23 @@ class Broker:
                     self._apply(at_work, answer)
                     self._finish(at_work, step, label, answer)
 
-    def retire(self, name: str, why: str, *, now: bool = False) -> None:
-        """Give up the current key of a profile; with `now`, revoke all its keys without a hold."""
+    def end(self, name: str, why: str) -> None:
+        """Give up every key of a profile, to be revoked at once: no reader gets a hold."""
         at_work = self._profiles[name]
         moment = self._clock.read().wall
         for key in at_work.slots.keys:
-            if not key.lease.revocable:  # somebody else keeps it
+            due = key.revoke_at is not None and key.revoke_at <= moment
+            if due or not key.lease.revocable:  # or somebody else keeps it
                 continue
-            if key.revoke_at is None or (now and key.revoke_at > moment):
-                at = moment if now else moment + key.hold
-                self._call(
-                    at_work,
-                    "retire",
-                    name,
-                    label=key.label,
-                    fingerprint=key.fingerprint,
-                    revoke_at=at,
-                    why=why,
-                )
+            self._call(
+                at_work,
+                "retire",
+                name,
+                label=key.label,
+                fingerprint=key.fingerprint,
+                revoke_at=moment,
+                why=why,
+            )
         self._clean(at_work)
 
     def wind_down(self) -> None:

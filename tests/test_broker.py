@@ -691,7 +691,7 @@ def test_what_is_sealed_is_ours_only_if_the_journal_agrees(host: Host) -> None:
     """A sealed key that the journal has as gone, or never had, is not handed out."""
     first = minted(host)
     kept = host.disk.files[STATE / "cache" / "work.sealed"]
-    host.broker.retire("work", "it was asked for", now=True)
+    host.broker.end("work", "it was asked for")
     host.run(1)
     assert host.gateway().keys[first].revoked is not None
     host.disk.files[STATE / "cache" / "work.sealed"] = kept

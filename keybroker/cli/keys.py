@@ -332,7 +332,7 @@ def _revoke(at: Desk, name: str) -> dict[str, object]:
             "hint": None,
         }
     count = _ours(at, name)
-    at.broker.retire(name, "revoked by request", now=True)
+    at.broker.end(name, "revoked by request")
     with progress(f"{name}: revoking"):
         drive(at, lambda: _revoked_or_denied(at, name), ACT_SECONDS)
     at.pool.call("cache", "forget", ACT_SECONDS, profile=name)
