@@ -1061,8 +1061,8 @@ def test_minted_keys_of_a_profile_that_turned_static_are_ended(cli: Cli) -> None
     cli("get")
     cli("rotate")
     cli.configure(
-        f'[profiles.work]\nbase_url = "{cli.gateway.url}"\n[profiles.work.source]\n'
-        'type = "static"\nplaceholder = "ollama"\n'
+        f'[profiles.work]\nbase_url = "{cli.gateway.url}"\nhelper_ttl = "1s"\nhold = "1s"\n'
+        '[profiles.work.source]\ntype = "static"\nplaceholder = "ollama"\n'
     )
     assert cli("get") == (0, "ollama\n", "")
     until = time.monotonic() + 20
