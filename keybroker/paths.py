@@ -20,6 +20,9 @@ AUDIT = "audit.jsonl"
 CACHE = "cache"
 WRAP_KEY = "wrap.key"
 INSTANCE = "instance"
+SOCKET = "s"
+RUN_USER = "/run/user"
+LONGEST_SOCKET_PATH = 103  # bytes; a macOS socket's address has room for these and a zero
 
 
 def config_files(environment: Mapping[str, str]) -> tuple[Path, ...]:
@@ -51,6 +54,45 @@ def state_directory(environment: Mapping[str, str]) -> Path:
     else:
         base = _base(environment, "XDG_STATE_HOME", ".local/state")
     return base / "keybroker" / _machine_id()[:16]
+
+
+def runtime_directory(environment: Mapping[str, str]) -> Path:
+    """
+    Return the folder of the daemon's socket; it is gone after a reboot, or may be.
+
+    The helper looks in the same place, by itself.
+
+    Raises:
+        ConfigError: There is no home directory to look in (macOS).
+    """
+    named = environment.get("XDG_RUNTIME_DIR", "")
+    if named.startswith("/"):
+        return Path(named) / "keybroker"
+    uid = os.geteuid()
+    if sys.platform == "darwin":
+        return _home(environment) / "Library/Caches/keybroker"
+    users = Path(RUN_USER, str(uid))  # sudo and cron leave the variable out
+    with suppress(OSError):
+        found = os.lstat(users)
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == uid:
+            return users / "keybroker"
+    return Path(f"/tmp/keybroker-{uid}")  # noqa: S108  # refused there if it is not ours alone
+
+
+def socket_path(environment: Mapping[str, str]) -> Path:
+    """
+    Return where the daemon listens.
+
+    Raises:
+        ConfigError: The path is too long for a socket's address.
+    """
+    path = runtime_directory(environment) / SOCKET
+    if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
+        raise ConfigError(
+            f"{path}: too long for a socket (at most {LONGEST_SOCKET_PATH} bytes)",
+            hint="set XDG_RUNTIME_DIR to a shorter folder",
+        )
+    return path
 
 
 def instance(state: Path) -> str:

@@ -381,6 +381,67 @@ def test_no_home_is_said(environment: dict[str, str]) -> None:
     )
 
 
+@pytest.mark.parametrize("variable", ["/run/user/1000", "/somewhere else", "/"])
+def test_the_socket_is_in_the_session_s_folder(variable: str) -> None:
+    """Where XDG_RUNTIME_DIR says, on every system."""
+    environment = {"XDG_RUNTIME_DIR": variable, "HOME": "/home/me"}
+
+    assert paths.runtime_directory(environment) == Path(variable) / "keybroker"
+    assert paths.socket_path(environment) == Path(variable) / "keybroker" / "s"
+
+
+@pytest.mark.parametrize("variable", [None, "", "run", "./run"])
+def test_without_a_session_s_folder_the_user_s_own_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str | None
+) -> None:
+    """A relative value counts as none. What is there must be ours, and not a link."""
+    environment = {"HOME": "/home/me"} | ({} if variable is None else {"XDG_RUNTIME_DIR": variable})
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(paths, "RUN_USER", str(tmp_path))
+    uid = os.geteuid()
+    ours, elsewhere = tmp_path / str(uid), Path(f"/tmp/keybroker-{uid}")
+
+    assert paths.runtime_directory(environment) == elsewhere
+    ours.symlink_to(tmp_path)
+    assert paths.runtime_directory(environment) == elsewhere
+    ours.unlink()
+    ours.touch()
+    assert paths.runtime_directory(environment) == elsewhere
+    ours.unlink()
+    ours.mkdir()
+    assert paths.runtime_directory(environment) == ours / "keybroker"
+    monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
+    (tmp_path / str(uid + 1)).mkdir()
+    assert paths.runtime_directory(environment) == Path(f"/tmp/keybroker-{uid + 1}")
+
+
+def test_a_mac_has_its_socket_among_its_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no folder of a session there; without a home there is no place."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+
+    found = paths.runtime_directory({"HOME": "/Users/me"})
+    with pytest.raises(ConfigError, match="HOME is not set"):
+        paths.runtime_directory({})
+
+    assert found == Path("/Users/me/Library/Caches/keybroker")
+
+
+def test_a_path_that_no_socket_can_have_is_refused() -> None:
+    """Counted in bytes: a name outside ASCII is longer than it looks."""
+    below = len("/keybroker/s")
+    fits = "/" + "a" * (paths.LONGEST_SOCKET_PATH - below - 1)
+    wide = "/" + "ä" * (len(fits) // 2 + 1)
+
+    assert len(str(paths.socket_path({"XDG_RUNTIME_DIR": fits}))) == 103
+    for long in (f"{fits}a", wide):
+        with pytest.raises(ConfigError) as error:
+            paths.socket_path({"XDG_RUNTIME_DIR": long})
+        assert error.value.message == (
+            f"{long}/keybroker/s: too long for a socket (at most 103 bytes)"
+        )
+        assert error.value.hint == "set XDG_RUNTIME_DIR to a shorter folder"
+
+
 def test_an_installation_keeps_its_name(tmp_path: Path) -> None:
     """Its keys are known by it at the gateway; a lost state directory comes back to the same."""
     first = paths.instance(tmp_path / "one")
