@@ -6,7 +6,6 @@ with the same `fold` that replays the journal.
 
 import os
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, Protocol
 
@@ -29,6 +28,7 @@ from keybroker.label import new_label
 from keybroker.pool import Answer
 from keybroker.rotation import Kind, Policy
 from keybroker.slots import Event, Key, Record, Slots, Trouble, fold, replay, without
+from keybroker.values import dataclass, field, replace
 
 EXTRA_SECONDS = 4.0  # a worker's hard timer beyond its calls' own deadlines
 

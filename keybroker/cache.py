@@ -5,7 +5,6 @@ import json
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from keybroker.journal import (
     write_time,
 )
 from keybroker.paths import CACHE, WRAP_KEY, Disk, private_directory
+from keybroker.values import dataclass
 
 MAGIC = b"keybroker cache 1\n"
 CREDENTIAL = "keybroker-wrap-key"  # the name of the systemd credential

@@ -7,9 +7,10 @@ clock say so; when they disagree by more than a minute it is verified before it 
 
 import sys
 import time
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+
+from keybroker.values import dataclass
 
 DISAGREEMENT = timedelta(seconds=60)
 

@@ -6,7 +6,6 @@ No secret is in it; a secret is a reference. Unknown keys are errors, because a 
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from keybroker.fields import (
     show_duration,
 )
 from keybroker.rotation import Kind, Policy, default_hold, shortest_lifetime
+from keybroker.values import dataclass, field
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 

@@ -1,9 +1,10 @@
 """Secret, Lease, Credential: a value that never prints itself beside one that always may."""
 
-from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import NoReturn
+
+from keybroker.values import dataclass
 
 LONGEST_SECRET = 16_384  # Claude Code refuses a longer helper output
 

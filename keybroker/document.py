@@ -5,11 +5,11 @@ import re
 import stat
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from keybroker.errors import ConfigError
+from keybroker.values import dataclass
 
 LARGEST_FILE = 1 << 20
 

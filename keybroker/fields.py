@@ -6,12 +6,12 @@ line and key. No message repeats the value: it may be a key that somebody pasted
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
 from keybroker.credential import Reference
+from keybroker.values import dataclass
 
 UNITS = {
     "ms": timedelta(milliseconds=1),

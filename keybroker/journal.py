@@ -1,7 +1,6 @@
 """What was issued and not yet revoked. The cache may be lost, the journal may not."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from keybroker.credential import Issuer, Lease, Reference
 from keybroker.errors import JournalError
 from keybroker.paths import JOURNAL, Disk
 from keybroker.slots import Event, Key, Record, replay
+from keybroker.values import replace
 
 COMPACT_ABOVE = 400  # records
 

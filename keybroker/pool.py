@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from keybroker.credential import Credential, Issuer, Lease, Reference, Secret
 from keybroker.errors import CLASSES, KeybrokerError, SourceError, SourceUnavailable
 from keybroker.journal import decode, encode_issuer, encode_lease, write_time
 from keybroker.slots import Record
+from keybroker.values import dataclass, field
 
 LONGEST_LINE = 1 << 20
 GRACE_SECONDS = 1.0  # what a worker gets beyond its own hard timer

@@ -6,12 +6,12 @@ keep using what it was given.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 
 from keybroker.credential import Issuer, Look, Phase, Verdict, sha256
 from keybroker.slots import Key, Open, Slots, Trouble, change
+from keybroker.values import dataclass, replace
 
 LOOKS_AT_NEW_KEY = (timedelta(0), timedelta(seconds=1.5), timedelta(seconds=4))
 SECOND_REFUSAL_AFTER = timedelta(seconds=1)

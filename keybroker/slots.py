@@ -5,12 +5,12 @@ applies the same records as its workers report them. A fact is never known in tw
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 
 from keybroker.clock import Instant
 from keybroker.credential import Issuer, Lease, Verdict
+from keybroker.values import dataclass, replace
 
 
 class Event(StrEnum):

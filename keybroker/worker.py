@@ -14,7 +14,6 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +37,7 @@ from keybroker.journal import (
 from keybroker.paths import Disk
 from keybroker.rotation import Kind
 from keybroker.slots import Event, Record
+from keybroker.values import dataclass, field, replace
 
 T = TypeVar("T")
 IDLE_SECONDS = 5.0

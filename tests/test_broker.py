@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -28,6 +28,7 @@ from keybroker.journal import Journal
 from keybroker.rotation import Kind, phase
 from keybroker.slots import Event, Slots, Trouble, replay
 from keybroker.sources import Capabilities
+from keybroker.values import replace
 from tests.world import STATE, WRAP_KEY, Gateway, GatewaySource, InProcess, MemoryDisk, Time
 from tests.world import profile as minting
 

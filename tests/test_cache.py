@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import os
 import subprocess
@@ -19,6 +18,7 @@ from keybroker.clock import Instant
 from keybroker.credential import Credential, Issuer, Lease, Reference, Secret
 from keybroker.errors import CacheError, CacheLocked, CacheUnreadable, ConfigError, KeybrokerError
 from keybroker.paths import CACHE, WRAP_KEY, Disk
+from keybroker.values import replace
 
 NOON = datetime(2026, 11, 21, 12, 0, 0, 123456, tzinfo=UTC)
 CANARY = "sk-canary-Zx81QpLmWvUt"
@@ -64,14 +64,10 @@ def test_what_is_sealed_is_opened(state: Path) -> None:
 @pytest.mark.parametrize(
     "cached",
     [
-        dataclasses.replace(CACHED, issuer=Issuer("static", "http://localhost")),
-        dataclasses.replace(CACHED, anchor=Instant(NOON, 0.0, "")),
-        dataclasses.replace(
-            CACHED, credential=Credential(Secret("x"), Lease("", "static", NOON, None))
-        ),
-        dataclasses.replace(
-            CACHED, issuer=Issuer("command", "u", Reference("command", ("a", "b")))
-        ),
+        replace(CACHED, issuer=Issuer("static", "http://localhost")),
+        replace(CACHED, anchor=Instant(NOON, 0.0, "")),
+        replace(CACHED, credential=Credential(Secret("x"), Lease("", "static", NOON, None))),
+        replace(CACHED, issuer=Issuer("command", "u", Reference("command", ("a", "b")))),
     ],
     ids=["no admin", "no boot", "no end", "a command"],
 )
@@ -235,6 +231,7 @@ ASK = """
 import sys
 from pathlib import Path
 from keybroker.cache import find_wrap_key
+from keybroker.values import replace
 print("ready", flush=True)
 sys.stdin.readline()
 print(find_wrap_key(sys.argv[2], Path(sys.argv[1]), {}).key.reveal())

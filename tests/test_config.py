@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import tomllib
@@ -54,8 +53,7 @@ def test_the_smallest_profile_has_every_default() -> None:
     """Where it is, what mints there, and nothing else has to be said."""
     found = profile()
 
-    names = [field.name for field in dataclasses.fields(found)]
-    assert {name: getattr(found, name) for name in names} | {"raw": None} == {
+    assert {name: getattr(found, name) for name in found.__slots__} | {"raw": None} == {
         "name": "work",
         "base_url": "https://llm.example.com",
         "helper_ttl": timedelta(seconds=60),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 import json
 import logging
@@ -27,6 +26,7 @@ from keybroker.credential import (
     fingerprint,
     sha256,
 )
+from keybroker.values import replace
 
 CANARY = "sk-canary-Zx81QpLmWvUt"
 SHOWN = f"<secret {hashlib.sha256(CANARY.encode()).hexdigest()[:8]}>"
@@ -83,7 +83,7 @@ def test_what_holds_a_secret_prints_no_more_of_it() -> None:
         copy.deepcopy,
         json.dumps,
         lambda secret: json.dumps({"key": secret}),
-        lambda secret: dataclasses.asdict(Credential(secret, LEASE)),
+        lambda secret: copy.deepcopy(Credential(secret, LEASE)),
         lambda secret: format(secret, ">40"),
         vars,
         bytes,
@@ -183,10 +183,10 @@ def test_issuers_are_the_same_when_all_of_them_is() -> None:
     """Another admin key or another authority is another issuer."""
     one = Issuer("litellm", "https://llm.example.com", Reference("env", "ADMIN"))
     others = [
-        dataclasses.replace(one, type="bifrost"),
-        dataclasses.replace(one, url="https://llm.example.com/two"),
-        dataclasses.replace(one, admin=Reference("env", "OTHER")),
-        dataclasses.replace(one, ca="/etc/ssl/corp.pem"),
+        replace(one, type="bifrost"),
+        replace(one, url="https://llm.example.com/two"),
+        replace(one, admin=Reference("env", "OTHER")),
+        replace(one, ca="/etc/ssl/corp.pem"),
     ]
 
     assert [other for other in others if other == one] == []

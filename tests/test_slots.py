@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from keybroker.clock import Instant
 from keybroker.credential import Issuer, Lease, Reference
 from keybroker.slots import Event, Key, Open, Record, Slots, change, fold, replay, without
+from keybroker.values import replace
 
 NOON = datetime(2026, 11, 21, 12, tzinfo=UTC)
 SECOND, MINUTE, HOUR = timedelta(seconds=1), timedelta(minutes=1), timedelta(hours=1)

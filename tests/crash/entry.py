@@ -14,9 +14,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any
+
+from keybroker.values import replace
 
 ENTRY = os.path.abspath(__file__)
 
