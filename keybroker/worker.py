@@ -18,7 +18,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from keybroker import sources
+from keybroker import kernel, sources
 from keybroker.audit import Audit
 from keybroker.cache import Cache, Cached, find_wrap_key
 from keybroker.clock import Clock
@@ -400,17 +400,10 @@ def _send(data: bytes) -> None:
 
 def _bind_to_parent(parent: int) -> None:
     """Die with the parent, leave no core, be closed to debuggers (Linux)."""
-    import resource
-
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # whatever a shell had us ignore or block
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":
-        import ctypes
-
-        libc = ctypes.CDLL(None)
-        libc.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
-        libc.prctl(1, int(signal.SIGKILL), 0, 0, 0)  # PR_SET_PDEATHSIG
+    kernel.close_to_debuggers()
+    kernel.die_with_parent()
     if os.getppid() != parent:  # it died before we asked
         sys.exit(1)
 

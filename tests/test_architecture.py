@@ -22,6 +22,7 @@ TABLE: dict[str, set[str]] = {
     "values": set(),
     "errors": set(),
     "clock": set(),
+    "kernel": set(),
     "credential": set(),
     "label": set(),
     "slots": set(),

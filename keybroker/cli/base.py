@@ -15,6 +15,7 @@ import click
 
 from keybroker import __version__
 from keybroker.errors import KeybrokerError, OutputLost
+from keybroker.kernel import close_to_debuggers
 
 COMMANDS = {
     "get": ("keys", "Print the current key of a profile, for apiKeyHelper."),
@@ -96,7 +97,7 @@ def for_profile(command: Callable[..., None]) -> Callable[..., None]:
 def run(arguments: Sequence[str]) -> int:
     """Run a command line; return the exit status."""
     os.umask(0o077)
-    _close_to_debuggers()
+    close_to_debuggers()  # this process holds keys
     try:
         keybroker.main(args=list(arguments), prog_name="keybroker", standalone_mode=False)
     except click.exceptions.Exit as error:
@@ -204,14 +205,3 @@ def on_the_clock(moment: datetime) -> str:
     local = moment.astimezone()
     today = datetime.now().astimezone().date()
     return local.strftime("%H:%M:%S" if local.date() == today else "%Y-%m-%d %H:%M")
-
-
-def _close_to_debuggers() -> None:
-    """No core, no ptrace: this process holds keys (Linux)."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
