@@ -27,6 +27,7 @@ TABLE: dict[str, set[str]] = {
     "label": set(),
     "slots": set(),
     "rotation": set(),
+    "sessions": set(),
     "fields": set(),
     "document": set(),
     "config": set(),
