@@ -1,5 +1,6 @@
 """Starts workers and speaks JSON lines with them: the parent's side of the pipe."""
 
+import _socket
 import fcntl
 import json
 import os
@@ -8,7 +9,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -22,8 +23,10 @@ from keybroker.slots import Record
 from keybroker.values import dataclass, field
 
 LONGEST_LINE = 1 << 20
+AHEAD = 2  # requests that a worker is given: the one that it does, and the next
 GRACE_SECONDS = 1.0  # what a worker gets beyond its own hard timer
 COMMAND = (sys.executable, "-I", "-m", "keybroker.worker")
+_NO_SIGNAL = getattr(_socket, "MSG_NOSIGNAL", 0)  # Python ignores SIGPIPE where it is missing
 # What a worker's environment has, where ours has it; nothing else goes in.
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 PASSED_ON = frozenset(
@@ -56,6 +59,9 @@ class Pool:
     """
     The workers of one process: one for each kind of source, started when needed.
 
+    A worker is given few requests ahead; the others wait here, so that an urgent one passes them
+    and no pipe is ever full. `fileno` becomes readable when `receive` has something to do.
+
     Args:
         state: The state directory.
         environment: All of ours; workers get what PASSED_ON and `named` allow.
@@ -75,24 +81,42 @@ class Pool:
     ) -> None:
         self._state = state
         self._environment = environment
-        self._named = named or {}
+        self.named = named or {}
         self._lock = lock
         self._command = command or COMMAND
         self._workers: dict[str, _Worker] = {}
+        self._queues: dict[str, deque[_Request]] = {}
+        self._ended: list[_Worker] = []  # to be reaped
         self._next_id = 0
         self._kept: list[Answer] = []  # came while somebody waited for another
+        self._selector = selectors.DefaultSelector()
 
-    def send(self, kind: str, op: str, seconds: float, /, **values: Any) -> int:
+    def fileno(self) -> int:
+        selector: Any = self._selector  # all that DefaultSelector stands for have one
+        number: int = selector.fileno()
+        return number
+
+    @property
+    def limit(self) -> float | None:
+        """When, by the monotonic clock, `receive` has something to do though no pipe has."""
+        if self._kept:
+            return 0.0
+        return min((w.limit for w in self._workers.values() if w.limit is not None), default=None)
+
+    def send(
+        self, kind: str, op: str, seconds: float, /, *, urgent: bool = False, **values: Any
+    ) -> int:
         """Ask a worker of a kind for an operation; `seconds` is its hard limit."""
         self._next_id += 1
         message = {"id": self._next_id, "op": op, "seconds": seconds}
         message.update({name: _encode(value) for name, value in values.items()})
-        worker = self._workers.get(kind)
-        if worker is None or not worker.send(self._next_id, message, seconds):
-            if worker is not None:
-                worker.end()
-            worker = self._workers[kind] = _Worker(lambda: self._start(kind))
-            worker.send(self._next_id, message, seconds)
+        request = _Request(self._next_id, json.dumps(message).encode() + b"\n", seconds)
+        queue = self._queues.setdefault(kind, deque())
+        if urgent:
+            queue.appendleft(request)
+        else:
+            queue.append(request)
+        self._pass_on(kind)
         return self._next_id
 
     def receive(self, seconds: float) -> list[Answer]:
@@ -104,17 +128,12 @@ class Pool:
         while True:
             now = time.monotonic()
             answers = [a for worker in self._workers.values() for a in worker.overdue(now)]
-            limits = [w.limit for w in self._workers.values() if w.limit is not None]
-            self._drop_dead()
-            if answers or now >= until or not limits:
-                return answers
-            with selectors.DefaultSelector() as selector:
-                for worker in self._workers.values():
-                    selector.register(worker.output, selectors.EVENT_READ, worker)
-                for key, _ in selector.select(max(0.0, min([until, *limits]) - now)):
+            limit = self.limit
+            if not answers and limit is not None:
+                for key, _ in self._selector.select(max(0.0, min(until, limit) - now)):
                     answers += key.data.read()
-            self._drop_dead()
-            if answers:
+            self._tidy()
+            if answers or limit is None or time.monotonic() >= until:
                 return answers
 
     def call(self, kind: str, op: str, seconds: float, /, **values: Any) -> Mapping[str, Any]:
@@ -140,67 +159,127 @@ class Pool:
 
     def close(self, *, at_once: bool = False) -> None:
         """Let the workers finish what they do, and end; or end them where they are."""
-        for worker in self._workers.values():
-            if at_once:
-                worker.kill()
-            worker.end()
-        self._workers.clear()
+        self._queues.clear()
+        for kind in list(self._workers):
+            self._part_with(kind, kill=at_once)
+        for worker in self._ended:
+            worker.reap(wait=True)
+        self._ended.clear()
 
-    def _drop_dead(self) -> None:
+    def _pass_on(self, kind: str) -> None:
+        """Give a kind's worker what it may have ahead; start one if there is none."""
+        queue = self._queues[kind]
+        while queue:
+            worker = self._workers.get(kind)
+            if worker is None:
+                try:
+                    worker = _Worker(*self._start(kind))
+                except OSError as error:
+                    problem = SourceUnavailable(f"worker: could not start ({error.strerror})")
+                    self._kept += [Answer(one.id, None, problem, ()) for one in queue]
+                    queue.clear()
+                    return
+                self._workers[kind] = worker
+                self._selector.register(worker.pipe, selectors.EVENT_READ, worker)
+            if len(worker.waiting) >= AHEAD:
+                return
+            if worker.send(queue[0]):
+                queue.popleft()
+            elif worker.waiting:  # it ended; what it still owed comes first
+                return
+            else:
+                self._part_with(kind)
+
+    def _tidy(self) -> None:
+        """Part with the workers that died, pass on what waits, reap who ended."""
         for kind in [kind for kind, worker in self._workers.items() if worker.dead]:
-            self._workers.pop(kind).end()
+            self._part_with(kind)
+        for kind, queue in self._queues.items():
+            if queue:
+                self._pass_on(kind)
+        self._ended = [worker for worker in self._ended if not worker.reap()]
 
-    def _start(self, kind: str) -> tuple[int, int, int]:
-        """Spawn a worker; return its pid, our end of its stdin and of its stdout."""
-        allowed = PASSED_ON.union(self._named.get(kind, ()))
-        theirs_in, ours_in = os.pipe()
-        ours_out, theirs_out = os.pipe()
-        given = {0: theirs_in, 1: theirs_out}
-        if self._lock is not None:
-            given[3] = self._lock  # a worker never uses it but to hold the lock
-        # Copies above all of these: who was started without stdin has the lock or a pipe there.
-        copies = {to: fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, 4) for to, one in given.items()}
+    def _part_with(self, kind: str, *, kill: bool = False) -> None:
+        worker = self._workers.pop(kind)
+        self._selector.unregister(worker.pipe)
+        if kill or worker.dead:
+            worker.kill()
+        worker.let_go()
+        self._ended.append(worker)
+
+    def _start(self, kind: str) -> tuple[int, _socket.socket]:
+        """Spawn a worker; return its pid and our end of its stdin and stdout."""
+        allowed = PASSED_ON.union(self.named.get(kind, ()))
+        ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        copies: dict[int, int] = {}
         try:
+            ours.setblocking(False)
+            given = {0: theirs.fileno(), 1: theirs.fileno()}
+            if self._lock is not None:
+                given[3] = self._lock  # a worker never uses it but to hold the lock
+            # Copies above all of these: who was started without stdin has the lock or a pipe there.
+            for to, one in given.items():
+                copies[to] = fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, 4)
             pid = os.posix_spawn(
                 self._command[0],
                 [*self._command, str(os.getpid()), str(self._state)],
                 {k: v for k, v in self._environment.items() if k in allowed},
                 file_actions=[(os.POSIX_SPAWN_DUP2, copy, to) for to, copy in copies.items()],
             )
+        except OSError:
+            ours.close()
+            raise
         finally:
-            for one in (theirs_in, theirs_out, *copies.values()):
-                os.close(one)
-        return pid, ours_in, ours_out
+            theirs.close()
+            for copy in copies.values():
+                os.close(copy)
+        return pid, ours
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    id: int
+    line: bytes = field(repr=False)  # may hold a key
+    seconds: float
 
 
 class _Worker:
-    def __init__(self, start: Callable[[], tuple[int, int, int]]) -> None:
-        self._pid, self._input, self.output = start()
-        self._waiting: deque[tuple[int, float]] = deque()  # id, seconds
+    """One process, and what it was asked and has not answered."""
+
+    def __init__(self, pid: int, pipe: _socket.socket) -> None:
+        self.pid, self.pipe = pid, pipe
+        self.waiting: deque[_Request] = deque()
         self._buffer = b""
         self.limit: float | None = None  # when the oldest request is overdue
         self.dead = False
 
-    def send(self, number: int, message: Mapping[str, Any], seconds: float) -> bool:
-        data = json.dumps(message).encode() + b"\n"
+    def send(self, request: _Request) -> bool:
+        """Hand a request on; False when the worker takes no more."""
         if self.dead:
             return False
-        old = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         try:
-            while data:
-                data = data[os.write(self._input, data) :]
-        except BrokenPipeError:  # it idled away; anything it still owed us is answered as died
-            self.dead = not self._waiting
-            return bool(self._waiting)
+            sent = self.pipe.send(request.line, _NO_SIGNAL)
+            if sent < len(request.line):  # larger than all that a socket holds: it reads now
+                self.pipe.settimeout(request.seconds)
+                self.pipe.sendall(request.line[sent:], _NO_SIGNAL)
+        except OSError:  # it idled away; anything it still owes us is answered as died
+            self.dead = not self.waiting
+            return False
         finally:
-            signal.signal(signal.SIGPIPE, old)
-        self._waiting.append((number, seconds))
-        self._set_limit()
+            self.pipe.setblocking(False)
+        self.waiting.append(request)
+        if len(self.waiting) == 1:
+            self._set_limit()
         return True
 
     def read(self) -> list[Answer]:
         """Take what the worker wrote; when it ended, answer for all that it still owes."""
-        piece = os.read(self.output, 1 << 16)
+        try:
+            piece = self.pipe.recv(1 << 16)
+        except BlockingIOError:
+            return []
+        except OSError:  # it ended with something of ours unread
+            piece = b""
         self._buffer += piece
         answers = []
         while b"\n" in self._buffer:
@@ -209,8 +288,8 @@ class _Worker:
                 answers.append(_decode(line))
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
                 return answers + self._lost()  # something else writes there
-            if self._waiting:
-                self._waiting.popleft()
+            if self.waiting:
+                self.waiting.popleft()
             self._set_limit()
         if not piece or len(self._buffer) > LONGEST_LINE:
             answers += self._lost()
@@ -223,27 +302,35 @@ class _Worker:
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):
-            os.kill(self._pid, signal.SIGKILL)
+            os.kill(self.pid, signal.SIGKILL)
 
-    def end(self) -> None:
-        """Close its stdin and wait for it; it ends by itself within its hard timer."""
-        os.close(self._input)
-        with suppress(ChildProcessError):
-            os.waitpid(self._pid, 0)
-        os.close(self.output)
+    def let_go(self) -> None:
+        """Close its stdin: it finishes what it does and ends."""
+        with suppress(OSError):
+            self.pipe.shutdown(_socket.SHUT_WR)
+
+    def reap(self, *, wait: bool = False) -> bool:
+        """Say whether it is over."""
+        try:
+            over = os.waitpid(self.pid, 0 if wait else os.WNOHANG)[0] != 0
+        except ChildProcessError:
+            over = True
+        if over:
+            self.pipe.close()
+        return over
 
     def _lost(self) -> list[Answer]:
         self.dead = True
         self.kill()
         problem = SourceUnavailable("worker: it ended without an answer", unknown=True)
-        lost = [Answer(number, None, problem, None) for number, _ in self._waiting]
-        self._waiting.clear()
+        lost = [Answer(request.id, None, problem, None) for request in self.waiting]
+        self.waiting.clear()
         self.limit = None
         return lost
 
     def _set_limit(self) -> None:
-        oldest = self._waiting[0] if self._waiting else None
-        self.limit = time.monotonic() + oldest[1] + GRACE_SECONDS if oldest else None
+        oldest = self.waiting[0] if self.waiting else None
+        self.limit = time.monotonic() + oldest.seconds + GRACE_SECONDS if oldest else None
 
 
 def variables(config: Config | None) -> dict[str, set[str]]:

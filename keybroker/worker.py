@@ -12,6 +12,7 @@ import json
 import os
 import select
 import signal
+import socket
 import sys
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
@@ -369,14 +370,16 @@ def main() -> None:
 
 def serve(descriptor: int, operations: Operations) -> None:
     """Answer one line after the other, each under a hard timer that ends the process."""
-    waiting = b""
+    waiting, patience = b"", IDLE_SECONDS
     while True:
         line, newline, rest = waiting.partition(b"\n")
         if not newline:
-            if (
-                len(waiting) > LONGEST_LINE
-                or not select.select([descriptor], [], [], IDLE_SECONDS)[0]
-            ):
+            if len(waiting) > LONGEST_LINE:
+                break
+            if not select.select([descriptor], [], [], patience)[0]:
+                if patience and _take_no_more(descriptor):
+                    patience = 0.0  # what was sent until now is still done
+                    continue
                 break
             piece = os.read(descriptor, 1 << 16)
             if not piece:
@@ -391,6 +394,16 @@ def serve(descriptor: int, operations: Operations) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
     os.close(descriptor)  # what is sent from now on goes to another
     operations.close()
+
+
+def _take_no_more(descriptor: int) -> bool:
+    """Have what is sent from now on go to another; False where stdin is no socket."""
+    try:
+        with socket.socket(fileno=os.dup(descriptor)) as stdin:
+            stdin.shutdown(socket.SHUT_RD)
+    except OSError:
+        return False
+    return True
 
 
 def _send(data: bytes) -> None:

@@ -255,8 +255,11 @@ def test_a_worker_that_died_idle_costs_nothing(obeying: Pool) -> None:
 def test_a_program_that_cannot_be_started_is_an_error(state: Path) -> None:
     """Nothing waits for it for ever."""
     with closing(Pool(state, {}, None, command=("/nowhere/python",))) as workers:
-        with pytest.raises(FileNotFoundError):
-            workers.send("litellm", "load", LIMIT, profile="work", wrap_key=None)
+        number = workers.send("litellm", "load", LIMIT, profile="work", wrap_key=None)
+        assert workers.limit == 0.0
+        [answer] = workers.receive(LIMIT)
+        assert (answer.id, answer.records) == (number, ())
+        assert str(answer.error) == "worker: could not start (No such file or directory)"
         assert workers.receive(LIMIT) == []
 
 
