@@ -4,13 +4,15 @@ The broker does nothing itself. It sends requests to workers and applies the rec
 with the same `fold` that replays the journal.
 """
 
+import heapq
+import itertools
 import os
 from collections.abc import Callable, Container, Iterable, Mapping
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
 from keybroker import rotation
-from keybroker.clock import Clock, Instant, Reading, earlier, judge
+from keybroker.clock import DISAGREEMENT, Clock, Instant, Reading, by_boot, earlier, judge
 from keybroker.config import Profile
 from keybroker.credential import Credential, Issuer, Lease, Look, Secret, Verdict
 from keybroker.errors import (
@@ -31,13 +33,49 @@ from keybroker.slots import Event, Key, Record, Slots, Trouble, fold, replay, wi
 from keybroker.values import dataclass, field, replace
 
 EXTRA_SECONDS = 4.0  # a worker's hard timer beyond its calls' own deadlines
+ASKED_AGAIN = timedelta(seconds=5)  # who asks in vain has a failed call tried again this early
+_NEVER = datetime.max.replace(tzinfo=UTC)
+ROUNDED = timedelta(seconds=60)  # due times of profiles with shorter holds are not rounded
 
 
 class Workers(Protocol):
     """What the broker needs of a pool."""
 
-    def send(self, kind: str, op: str, seconds: float, /, **values: Any) -> int: ...
-    def receive(self, seconds: float) -> list[Answer]: ...
+    def send(
+        self, kind: str, op: str, seconds: float, /, *, urgent: bool = False, **values: Any
+    ) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Handout:
+    """
+    What may be printed for a profile until `ends`, or until the clocks disagree anew.
+
+    Seconds of the epoch by the wall clock; `offset` is what added to the boot clock gives them as
+    they were when the key was published, `drift` how far the clocks were apart when the gateway
+    last took the key.
+    """
+
+    secret: Secret
+    ends: float | None
+    offset: float
+    drift: float
+
+    def alive(self, wall: float, boot: float) -> bool:
+        """Say whether it may be printed now, by both clocks."""
+        counted = self.offset + boot
+        if abs(wall - counted - self.drift) > DISAGREEMENT.total_seconds():
+            return False
+        return self.ends is None or max(wall, counted) < self.ends
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """Something that happened to a profile, for the log and for those who push."""
+
+    profile: str
+    what: str  # published, replaced, trouble, recovered, late
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +114,17 @@ class _Profile:
     anchor: Instant  # the clocks when the current key was published, or when we began
     secrets: dict[str, Credential] = field(default_factory=dict)  # by label
     doubt: bool = False  # the clocks disagree: verify the current key before it is printed
+    drift: timedelta = timedelta()  # by how much, when the gateway last took the key all the same
     busy: "tuple[int, rotation.Step, str] | None" = None  # request, step, label
+    due: datetime | None = None  # when it is looked at again
+    ending: str = ""  # why all its keys are given up
+    resting: bool = False  # they were: nothing is minted before somebody asks
+    asked: bool = False  # somebody waits
+    check: bool = False  # look at the current key: somebody may have been refused with it
+    unsealed: bool = False  # its key is in memory only
+    tried_at: datetime | None = None  # an issue or poll last failed
+    patient: bool = False  # by a denial, or with a wish of the server's when to come back
+    late: bool = False  # it was said that a replacement is late
 
 
 class Broker:
@@ -89,6 +137,7 @@ class Broker:
         sealed: What the cache had, by profile.
         wrap_key: What seals the cache; None keeps keys in memory only.
         origin: Where it is from, or why there is none.
+        locked: The profiles whose sealed key could not be opened for now; it is not lost.
         keeps: Minted keys may be kept in memory alone, as a resident process does.
         mints: The profiles that new keys may be asked for; for all, what is left over is
             cleared away.
@@ -105,6 +154,7 @@ class Broker:
         instance: str,
         wrap_key: Secret | None,
         origin: str = "there is no keyring",
+        locked: Container[str] = (),
         keeps: bool = False,
         mints: Container[str],
         clock: Clock | None = None,
@@ -116,11 +166,17 @@ class Broker:
         self._instance = instance
         self._wrap_key = wrap_key
         self._origin = origin
+        self._locked = locked
         self._keeps = keeps
         self._mints = mints
         self._roll = roll or _chance
         self._reread = reread
         self._profiles: dict[str, _Profile] = {}
+        self._asked: dict[int, _Profile] = {}  # by request
+        self._heap: list[tuple[datetime, str]] = []
+        self._changed: dict[str, None] = {}  # to be looked at now, in this order
+        self.ready: dict[str, Handout] = {}
+        self.news: list[News] = []
         known = list(records)
         self._newest = known[-1].at if known else None
         slots = replay(known)
@@ -140,6 +196,7 @@ class Broker:
                 hold = max((k.hold for k in left.keys), default=timedelta())
                 policy = Policy(Kind.MINTED, first, hold)
                 self._profiles[name] = _Profile(name, None, policy, left, self._clock.read())
+        self.replan()
 
     def now(self, name: str | None = None) -> datetime:
         """Return the time to reckon with: for a profile, the later of its clocks."""
@@ -164,12 +221,114 @@ class Broker:
         """Ask for a new key at once."""
         at_work = self._profiles[name]
         at_work.slots = rotation.hurried(at_work.slots)
+        at_work.resting = False
+        self._change(at_work)
+
+    def ask(self, name: str) -> None:
+        """
+        Note that somebody waits for a key that is not there.
+
+        A call that failed is tried again sooner than it would be, unless the server wished
+        otherwise or denied it.
+        """
+        at_work = self._profiles[name]
+        at_work.asked = True
+        at_work.resting = False
+        put_off = at_work.slots.not_before
+        if put_off is not None and at_work.tried_at is not None and not at_work.patient:
+            sooner = min(put_off, at_work.tried_at + ASKED_AGAIN)
+            at_work.slots = replace(at_work.slots, not_before=sooner)
+        self._change(at_work)
+
+    def check(self, name: str) -> None:
+        """Have the gateway look at the current key: somebody may have been refused with it."""
+        at_work = self._profiles[name]
+        at_work.check = at_work.asked = at_work.policy.verify
+        if at_work.policy.kind is Kind.FOLLOWED:  # its owner may have rotated it
+            at_work.slots = rotation.hurried(at_work.slots)
+        self._change(at_work)
+
+    def checked(self, name: str) -> bool:
+        """Say whether that look was taken, and a key that was refused is replaced if it can be."""
+        at_work = self._profiles[name]
+        if at_work.check or (at_work.busy and isinstance(at_work.busy[1], rotation.Verify)):
+            return False
+        current = at_work.slots.current
+        return (current is not None and current.refused_at is None) or self.settled(name)
+
+    def unlock(self, wrap_key: Secret, origin: str, sealed: Mapping[str, Sealed]) -> None:
+        """Take the key of the cache, and what it opened, now that the keyring is open."""
+        self._wrap_key, self._origin, self._locked = wrap_key, origin, ()
+        for at_work in self._profiles.values():
+            current = at_work.slots.current
+            if current is None or current.label not in at_work.secrets:
+                self._adopt(at_work, sealed.get(at_work.name))
+        self.replan()
+
+    @property
+    def locked(self) -> bool:
+        """Say whether keys are in memory only because a keyring could not be opened yet."""
+        return self._wrap_key is None
+
+    def configure(self, profiles: Iterable[Profile]) -> None:
+        """
+        Go on with another configuration.
+
+        The keys of a profile that is gone, or that mints elsewhere now, are given up and revoked
+        where they were minted.
+        """
+        wanted = {profile.name: profile for profile in profiles}
+        for name, profile in wanted.items():
+            known = self._profiles.get(name)
+            if known is None:
+                fresh = _Profile(name, profile, profile.policy, Slots(), self._clock.read())
+                self._profiles[name] = fresh
+            elif known.profile != profile:
+                known.profile, known.policy = profile, profile.policy
+                known.slots = replace(known.slots, not_before=None, failures=0, trouble=None)
+                known.resting = known.patient = False
+        for name, at_work in list(self._profiles.items()):
+            if name not in wanted:
+                at_work.profile = None
+                self._clean(at_work)
+                if not at_work.slots.all and at_work.busy is None:
+                    del self._profiles[name]
+                    self.ready.pop(name, None)
+        self.replan()
+
+    def replan(self) -> None:
+        """Look at every profile anew: the clock was set, or the machine woke up."""
+        for at_work in self._profiles.values():
+            self._change(at_work)
+
+    def handout(self, name: str) -> Handout | None:
+        """Return what may be printed for a profile, to be kept until it is no longer alive."""
+        found = self.ready.get(name)
+        instant = self._clock.read()
+        if found is not None and found.alive(instant.wall.timestamp(), instant.boot):
+            return found
+        self.ready.pop(name, None)
+        credential = self.credential(name)
+        if credential is None:
+            return None
+        at_work = self._profiles[name]
+        ends = credential.lease.expires_at
+        made = Handout(
+            credential.secret,
+            None if ends is None else ends.timestamp(),
+            at_work.anchor.wall.timestamp() - at_work.anchor.boot,
+            at_work.drift.total_seconds(),
+        )
+        if not made.alive(instant.wall.timestamp(), instant.boot):
+            return None
+        self.ready[name] = made
+        return made
 
     def credential(self, name: str) -> Credential | None:
         """Return what may be handed out now, however old."""
         at_work = self._profiles[name]
         current = at_work.slots.current
-        if at_work.doubt or not rotation.usable(current, at_work.policy, self.now(name)):
+        if self._doubtful(at_work) or not rotation.usable(current, at_work.policy, self.now(name)):
             return None
         return at_work.secrets.get(current.label) if current is not None else None
 
@@ -232,58 +391,124 @@ class Broker:
             return kind(f"{name}: {slots.trouble.message}", hint=hint)
         return NotReady(f"{name}: no key yet", hint="try again, or see keybroker status")
 
-    def turn(self) -> datetime | None:
-        """Start what is due for every profile that is not busy; return when to come back."""
-        wake: list[datetime] = []
-        for at_work in self._profiles.values():
-            if at_work.busy is not None:
-                continue
-            step = self._step(at_work)
-            if isinstance(step, rotation.Wait):
-                if step.until is not None:
-                    wake.append(step.until)
-            else:
-                self._start(at_work, step)
-        return min(wake, default=None)
+    def turn(self, most: int | None = None) -> datetime | None:
+        """
+        Start what is due for every profile that is not busy; return when to come back.
+
+        Args:
+            most: The most profiles to look at before coming back, of those that changed or fell
+                due; None: all there are.
+        """
+        if most is None:
+            self.replan()
+            most = len(self._profiles)
+        now = self._clock.read().wall
+        while self._heap and self._heap[0][0] <= now:
+            due, name = heapq.heappop(self._heap)
+            if name in self._profiles and self._profiles[name].due == due:
+                self._changed[name] = None
+        for name in list(itertools.islice(self._changed, most)):
+            del self._changed[name]
+            if name in self._profiles:
+                self._look(self._profiles[name])
+        while self._heap and not self._is_due(*self._heap[0]):
+            heapq.heappop(self._heap)
+        if self._changed:
+            return now
+        return self._heap[0][0] if self._heap else None
 
     @property
     def busy(self) -> bool:
-        return any(at_work.busy is not None for at_work in self._profiles.values())
+        return bool(self._asked)
 
     def take(self, answers: Iterable[Answer]) -> None:
         """Take in what workers answered."""
         for answer in answers:
-            for at_work in self._profiles.values():
-                if at_work.busy is not None and at_work.busy[0] == answer.id:
-                    _, step, label = at_work.busy
-                    at_work.busy = None
-                    self._apply(at_work, answer)
-                    self._finish(at_work, step, label, answer)
+            at_work = self._asked.pop(answer.id, None)
+            if at_work is None or at_work.busy is None:
+                continue
+            _, step, label = at_work.busy
+            at_work.busy = None
+            before = at_work.slots.trouble
+            self._apply(at_work, answer)
+            self._finish(at_work, step, label, answer)
+            self._report(at_work, before)
+            self._change(at_work)
 
     def end(self, name: str, why: str) -> None:
         """Give up every key of a profile, to be revoked at once: no reader gets a hold."""
         at_work = self._profiles[name]
-        moment = self._clock.read().wall
-        for key in at_work.slots.keys:
-            due = key.revoke_at is not None and key.revoke_at <= moment
-            if due or not key.lease.revocable:  # or somebody else keeps it
-                continue
-            self._call(
-                at_work,
-                "retire",
-                name,
-                label=key.label,
-                fingerprint=key.fingerprint,
-                revoke_at=moment,
-                why=why,
-            )
-        self._clean(at_work)
+        at_work.ending, at_work.resting = why, True
+        self._change(at_work)
+
+    def ended(self, name: str) -> bool:
+        """Say whether all keys are given up; they may still have to be revoked."""
+        at_work = self._profiles[name]
+        return not at_work.ending and at_work.busy is None
 
     def wind_down(self) -> None:
         """Ask for no more keys; what is left may be interrupted at any time."""
         self._mints = ()
+        self.replan()
 
     # deciding
+
+    def _change(self, at_work: _Profile) -> None:
+        self._changed[at_work.name] = None
+        self.ready.pop(at_work.name, None)
+
+    def _is_due(self, due: datetime, name: str) -> bool:
+        return name in self._profiles and self._profiles[name].due == due
+
+    def _look(self, at_work: _Profile) -> None:
+        """Start what is due for a profile, or note when something will be."""
+        at_work.due = None
+        if at_work.busy is not None:
+            return
+        step = self._step(at_work)
+        if not isinstance(step, rotation.Wait):
+            self._start(at_work, step)
+            return
+        at_work.asked = at_work.asked and self.credential(at_work.name) is None
+        due = min(filter(None, (step.until, self._late_at(at_work))), default=None)
+        if due is not None:
+            if at_work.policy.hold >= ROUNDED:  # many profiles, one wake-up
+                due = due.replace(microsecond=0) + timedelta(seconds=due.microsecond > 0)
+            at_work.due = due
+            heapq.heappush(self._heap, (due, at_work.name))
+
+    def _late_at(self, at_work: _Profile) -> datetime | None:
+        """Return when the current key should have been replaced at the latest; say so once."""
+        current = at_work.slots.current
+        if at_work.late or current is None or at_work.policy.kind is not Kind.MINTED:
+            return None
+        if current.lease.expires_at is None or at_work.profile is None:
+            return None
+        latest = current.lease.expires_at - at_work.policy.hold
+        if self.now(at_work.name) < latest:
+            return latest
+        at_work.late = True
+        self.news.append(News(at_work.name, "late", current.lease.expires_at.isoformat()))
+        return None
+
+    def _report(self, at_work: _Profile, before: Trouble | None) -> None:
+        trouble = at_work.slots.trouble
+        if trouble is not None and (before is None or before.message != trouble.message):
+            hint = f"; {trouble.hint}" if trouble.hint else ""
+            self.news.append(News(at_work.name, "trouble", f"{trouble.message}{hint}"))
+        elif trouble is None and before is not None:
+            self.news.append(News(at_work.name, "recovered"))
+
+    def _doubtful(self, at_work: _Profile) -> bool:
+        """Say whether the clocks disagree about the current key by more than was seen before."""
+        if at_work.doubt:
+            return True
+        instant = self._clock.read()
+        counted = by_boot(at_work.anchor, instant)
+        if counted is None or at_work.slots.current is None:
+            return False
+        at_work.doubt = abs(instant.wall - counted - at_work.drift) > DISAGREEMENT
+        return at_work.doubt
 
     def _step(self, at_work: _Profile) -> rotation.Step:
         slots, policy = at_work.slots, at_work.policy
@@ -291,22 +516,38 @@ class Broker:
         now = self._plan_time(at_work, instant)
         slots = _by_earlier_clock(slots, instant, now)
         put_off: list[datetime] = []
+        if at_work.ending:
+            left = [k for k in slots.keys if k.lease.revocable and (k.revoke_at or _NEVER) > now]
+            for one in left:
+                if (one.not_before or now) <= now:
+                    return rotation.Retire(one.label, at_work.ending)
+                put_off.append(one.not_before or now)
+            if not left:
+                at_work.ending = ""
         # A key whose secret is nowhere cannot be handed out: its readers get their hold.
         for key in (slots.next, slots.current):
             if key is not None and key.label not in at_work.secrets:
-                locked = at_work.profile is not None and self._cannot_keep(at_work)
+                locked = at_work.profile is not None and (
+                    self._cannot_keep(at_work) or at_work.name in self._locked
+                )
                 if not locked and (key.not_before is None or key.not_before <= now):
                     return rotation.Retire(key.label, _why_lost(at_work))
                 if key.not_before is not None:
                     put_off.append(key.not_before)
                 slots = without(slots, key.label)
                 policy = replace(policy, max_live=policy.max_live - 1)
-        if at_work.doubt and slots.current is not None:
+        if slots.current is not None and self._doubtful(at_work):
             again = slots.current.not_before
             if again is None or again <= now:
                 return rotation.Verify(slots.current.label)
             put_off.append(again)
-        may_issue = at_work.name in self._mints and not self._cannot_keep(at_work)
+        if at_work.check and slots.current is not None and at_work.profile is not None:
+            return rotation.Verify(slots.current.label)
+        if at_work.unsealed and self._wrap_key is not None and slots.current is not None:
+            return rotation.Publish(slots.current.label)
+        may_issue = (
+            at_work.name in self._mints and not at_work.resting and not self._cannot_keep(at_work)
+        )
         step = rotation.next_step(slots, policy, now)
         if isinstance(step, rotation.Poll) and at_work.name not in self._mints:
             read = replace(slots, polled_at=now, rotate=False)
@@ -358,6 +599,7 @@ class Broker:
         at_work.slots = slots
         at_work.secrets[sealed.label] = sealed.credential
         at_work.anchor = sealed.anchor
+        at_work.drift = timedelta()
         reading = judge(sealed.anchor, self._clock.read())
         at_work.doubt = reading.doubtful or self._before_last_record(reading)
 
@@ -415,10 +657,8 @@ class Broker:
                 at_work, step, step.label, "verify", 2 * calls, profile=profile, secret=secret
             )
         elif isinstance(step, rotation.Publish):
-            verdict = _known(slots, step.label).verdict
-            verified = "untried" if verdict is None else verdict.method
-            if verdict is not None and verdict.look is not Look.ALIVE:
-                verified = verdict.look.value
+            key = _known(slots, step.label)
+            again = key is slots.current  # to be sealed, now that it can be
             self._send(
                 at_work,
                 step,
@@ -428,10 +668,10 @@ class Broker:
                 profile=profile,
                 label=step.label,
                 credential=at_work.secrets[step.label],
-                verified=verified,
+                verified=key.verified if again else _how_verified(key),
                 wrap_key=self._wrap_key,
-                hold=_hold_of_current(at_work),
-                replaces="" if slots.current is None else slots.current.fingerprint,
+                hold=None if again else _hold_of_current(at_work),
+                replaces="" if again or slots.current is None else slots.current.fingerprint,
             )
 
     def _retire(self, at_work: _Profile, step: rotation.Retire) -> None:
@@ -447,7 +687,7 @@ class Broker:
             )
             return
         revoke_at = self._clock.read().wall
-        if key is at_work.slots.current:  # it was handed out
+        if key is at_work.slots.current and not at_work.ending:  # it was handed out
             revoke_at += max(key.hold, at_work.policy.hold)
         self._send(
             at_work,
@@ -475,24 +715,12 @@ class Broker:
         issuer: Issuer = values.get(
             "issuer", at_work.policy.issuer
         )  # of the key, or of the profile
-        number = self._workers.send(issuer.type, op, calls + EXTRA_SECONDS, **values)
+        if isinstance(step, rotation.Verify):
+            at_work.check = False
+        seconds = calls + EXTRA_SECONDS
+        number = self._workers.send(issuer.type, op, seconds, urgent=at_work.asked, **values)
         at_work.busy = (number, step, label)
-
-    def _call(self, at_work: _Profile, op: str, profile: Any, **values: Any) -> None:
-        """Have one thing done and wait for it."""
-        kind = at_work.policy.issuer.type
-        seconds = at_work.policy.timeout.total_seconds() + EXTRA_SECONDS
-        number = self._workers.send(kind, op, seconds, profile=profile, **values)
-        mine: Answer | None = None
-        while mine is None:
-            for answer in self._workers.receive(seconds):
-                if answer.id == number:
-                    mine = answer
-                else:
-                    self.take([answer])
-        if mine.error is not None:
-            raise mine.error
-        self._apply(at_work, mine)
+        self._asked[number] = at_work
 
     # taking in
 
@@ -534,8 +762,7 @@ class Broker:
             )
             self._clear_doubt(at_work, label, verdict, now)
         elif isinstance(step, rotation.Publish):
-            at_work.anchor = self._clock.read()
-            at_work.doubt = False
+            self._published(at_work, _known(at_work.slots, label))
             at_work.slots = rotation.worked(at_work.slots)
             if policy.kind is Kind.FOLLOWED:
                 swap = Record(now, Event.SWAP, at_work.name, label, why="")
@@ -551,9 +778,21 @@ class Broker:
             self._fail(at_work, SourceUnavailable(problem))
         self._clean(at_work)
 
+    def _published(self, at_work: _Profile, key: Key) -> None:
+        at_work.anchor, at_work.drift = self._clock.read(), timedelta()
+        at_work.doubt = at_work.late = False
+        at_work.unsealed = self._wrap_key is None
+        known = at_work.slots
+        replaced = bool(known.retired) or (known.current is not None and known.current is not key)
+        self.news.append(
+            News(at_work.name, "replaced" if replaced else "published", key.fingerprint)
+        )
+
     def _clean(self, at_work: _Profile) -> None:
         """Let go of the secrets that are handed out no more."""
         kept = {k.label for k in (at_work.slots.current, at_work.slots.next) if k is not None}
+        if at_work.profile is None:
+            kept = set()
         at_work.secrets = {k: v for k, v in at_work.secrets.items() if k in kept}
 
     def _polled(self, at_work: _Profile, credential: Credential, now: datetime) -> None:
@@ -579,6 +818,10 @@ class Broker:
         if not at_work.doubt or current is None or current.label != label:
             return
         at_work.doubt = verdict.look is not Look.ALIVE
+        instant = self._clock.read()
+        counted = by_boot(at_work.anchor, instant)
+        if not at_work.doubt and counted is not None:
+            at_work.drift = instant.wall - counted
         if verdict.look in (Look.ALIVE, Look.UNVERIFIED):
             self.hurry(at_work.name)  # the next key's times will be by the clocks as they are now
         if at_work.doubt and verdict.look is not Look.REFUSED:
@@ -590,6 +833,8 @@ class Broker:
             error, "unknown", False
         )
         retry_after = error.retry_after if isinstance(error, SourceError) else None
+        at_work.tried_at = self._plan_time(at_work, self._clock.read())
+        at_work.patient = final or retry_after is not None
         at_work.slots = rotation.failed(
             at_work.slots,
             at_work.policy,
@@ -635,6 +880,13 @@ def _why_lost(at_work: _Profile) -> str:
     if at_work.profile is None:
         return "the profile is not configured any more"
     return "its secret was lost"
+
+
+def _how_verified(key: Key) -> str:
+    """Return the method that said that a new key is alive, or how it came to be published."""
+    if key.verdict is None:
+        return "untried"
+    return key.verdict.method if key.verdict.look is Look.ALIVE else key.verdict.look.value
 
 
 def _hold_of_current(at_work: _Profile) -> timedelta | None:

@@ -220,7 +220,9 @@ class InProcess:
         self._answers: list[Answer] = []
         self._next = 0
 
-    def send(self, kind: str, op: str, seconds: float, /, **values: Any) -> int:
+    def send(
+        self, kind: str, op: str, seconds: float, /, *, urgent: bool = False, **values: Any
+    ) -> int:
         self._next += 1
         message = {"id": self._next, "op": op, "seconds": seconds}
         message.update({name: _encode(value) for name, value in values.items()})
