@@ -32,6 +32,7 @@ TABLE: dict[str, set[str]] = {
     "document": set(),
     "config": set(),
     "paths": set(),
+    "push": set(),
     "chain": set(),
     "journal": set(),
     "audit": set(),
