@@ -33,6 +33,7 @@ TABLE: dict[str, set[str]] = {
     "config": set(),
     "paths": set(),
     "push": set(),
+    "guidance": set(),
     "chain": set(),
     "journal": set(),
     "audit": set(),

@@ -19,8 +19,7 @@ from keybroker.cli.work import Desk, configuration, desk
 from keybroker.config import Profile
 from keybroker.credential import Phase
 from keybroker.errors import JournalError
-from keybroker.fields import show_duration
-from keybroker.rotation import Kind
+from keybroker.guidance import environment, ttl_reason
 from keybroker.slots import Key, Slots
 
 COLOURS = {
@@ -70,13 +69,9 @@ def status_command(profile: str | None, as_json: bool) -> None:
 
 def settings(profile: Profile) -> dict[str, Any]:
     """Return what belongs into Claude Code's settings.json for a profile."""
-    milliseconds = profile.helper_ttl // timedelta(milliseconds=1)
     return {
         "apiKeyHelper": f"exec {_this_program()} get {profile.name}",
-        "env": {
-            "ANTHROPIC_BASE_URL": profile.base_url,
-            "CLAUDE_CODE_API_KEY_HELPER_TTL_MS": str(milliseconds),
-        },
+        "env": environment(profile),
     }
 
 
@@ -113,7 +108,7 @@ def _row(at: Desk, profile: Profile, failure: dict[str, Any] | None) -> dict[str
         ],
         "retired": [_key(k) for k in slots.retired],
         "settings": settings(profile),
-        "ttl_reason": _ttl_reason(profile),
+        "ttl_reason": ttl_reason(profile),
         "warnings": list(profile.warnings),
     }
     if current is not None:
@@ -150,18 +145,6 @@ _WORDS: dict[type, str] = {
     rotation.Revoke: "revoke the old key",
     rotation.Settle: "look up an unfinished call",
 }
-
-
-def _ttl_reason(profile: Profile) -> str:
-    ttl = show_duration(profile.helper_ttl)
-    if profile.kind is Kind.MINTED:
-        life = show_duration(profile.source["lifetime"])
-        return (
-            f"Claude Code asks again every {ttl}, in the background; well under a quarter of the "
-            f"key's {life}, so a replaced key is dropped long before its hold of "
-            f"{show_duration(profile.hold)} ends"
-        )
-    return f"Claude Code asks again every {ttl}, in the background, and so follows its owner"
 
 
 def _last_failures(at: Desk) -> dict[str, dict[str, Any]]:
