@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from keybroker import __version__
+from keybroker import __version__, wire
 from keybroker.errors import KeybrokerError, OutputLost
 from keybroker.kernel import close_to_debuggers
 
@@ -29,7 +29,6 @@ COMMANDS = {
     "source": ("source", "Try a source against the real thing."),
     "demo": ("demo", "Watch keys being minted, used, rotated and revoked."),
 }
-LONGEST_LINE = 200
 
 
 class _NobodyReadsError(Exception):
@@ -131,12 +130,8 @@ def run(arguments: Sequence[str]) -> int:
 def say(error: KeybrokerError, *, one_line: bool = False) -> int:
     """Write an error to stderr; return its exit status."""
     hint = error.hint
-    if one_line:  # Claude Code shows this line as it is
-        text = f"keybroker: {error.message}" + (f"; {hint}" if hint else "")
-        text = " ".join(text.split())
-        print(
-            text if len(text) <= LONGEST_LINE else f"{text[: LONGEST_LINE - 1]}…", file=sys.stderr
-        )
+    if one_line:
+        print(wire.one_line(error), file=sys.stderr)
     else:
         print(f"keybroker: {error.message}", file=sys.stderr)
         if hint:
