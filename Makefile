@@ -1,7 +1,7 @@
 # make demo    see it work, against a gateway of its own
 # make test    everything a change has to pass; installs real servers in ~/.cache (once)
 # make check   the part of it that reads the code
-# make bench   how fast the helper is
+# make bench   how fast it is, against what stands beside it; some minutes
 
 .PHONY: demo test check bench
 .SILENT:
@@ -22,7 +22,7 @@ check: .venv/installed-dev
 	.venv/bin/mypy --no-error-summary
 
 bench: .venv/installed
-	for script in benchmarks/*.py; do .venv/bin/python "$$script" || exit; done
+	.venv/bin/python -m benchmarks
 
 .venv/created:
 	.ci/venv

@@ -1,124 +1,63 @@
-"""How long `keybroker get` takes with a key in the cache, and what its parts cost.
-
-    .venv/bin/python benchmarks/bench_get.py [--rounds 40]
-
-Programs are compared within one interleaved run, as the median of paired ratios: absolute times
-vary by machine and by minute. Nothing here is asserted.
-"""
+"""`keybroker get` without a daemon, and what the daemon does for each key: rule and journal."""
 
 from __future__ import annotations
 
-import argparse
 import os
-import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from benchmarks.measure import Figure, UnmeasurableError, interleaved, ratio
+from benchmarks.programs import output, seconds
+from benchmarks.stage import KEYBROKER, furnish
 from keybroker import rotation
 from keybroker.credential import Issuer, Lease, Reference
-from keybroker.devgateway import DevGateway
 from keybroker.journal import Journal
 from keybroker.rotation import Kind, Policy
 from keybroker.slots import Event, Key, Record, Slots
 
-PROFILES = 10_000
+BARE = (sys.executable, "-IS", "-c", "pass")
+ROUNDS = 40
+PROFILES = 1000
 NOW = datetime.now(UTC)
 ISSUER = Issuer("litellm", "https://llm.example.com", Reference("keyring", "litellm-admin"))
 
 
-def main() -> None:
-    """Print the tables."""
-    parser = argparse.ArgumentParser(description="benchmarks of keybroker")
-    parser.add_argument("--rounds", type=int, default=40, help="how often each thing is timed")
-    rounds = parser.parse_args().rounds
-    _programs(rounds)
-    _rule(min(rounds, 10))
-    _journal(rounds)
+def measure(folder: Path, say: Callable[[str], None]) -> Iterator[Figure]:
+    """Take the figures of what is slower than the helper."""
+    del say
+    home = furnish(folder / "get")
+    get = (KEYBROKER, "get", "work")
+    if output(get, home.environment) != home.key:
+        raise UnmeasurableError("keybroker get prints another key")
+
+    def bare() -> float:
+        return seconds(BARE, home.environment)
+
+    rounds = interleaved({"get": lambda: seconds(get, home.environment), "bare": bare}, ROUNDS)
+    about = "`keybroker get` without a daemon, of a bare `python -IS -c pass`"
+    yield Figure("get", about, ratio(rounds, "get", "bare"), ROUNDS)
+    rounds = interleaved({"rule": _rule(), "bare": bare}, ROUNDS)
+    about = f"what to do next for {PROFILES:,} keys, of a bare `python -IS -c pass`"
+    yield Figure("rule", about, ratio(rounds, "rule", "bare"), ROUNDS)
+    rounds = interleaved(_journal(home.path), ROUNDS)
+    about = "a line in the journal, of a write and an fsync"
+    yield Figure("journal", about, ratio(rounds, "journal", "fsync"), ROUNDS)
 
 
-def _programs(rounds: int) -> None:
-    with tempfile.TemporaryDirectory(prefix="keybroker-bench-") as name, DevGateway() as gateway:
-        folder = Path(name)
-        environment = _home(folder, gateway)
-        keybroker = str(Path(sys.executable).parent / "keybroker")
-        key = subprocess.run(
-            [keybroker, "get"], env=environment, capture_output=True, check=True
-        ).stdout
-        kept = folder / "key"
-        kept.write_bytes(key)
-        bare = [sys.executable, "-IS", "-c", "pass"]
-        calls: dict[str, Callable[[], None]] = {
-            "python -IS -c pass": lambda: _run(bare, environment),
-            "cat file": lambda: _run(["cat", str(kept)], environment),
-            "keybroker get": lambda: _run([keybroker, "get"], environment),
-            "keybroker --version": lambda: _run([keybroker, "--version"], environment),
-        }
-        times = _interleaved(calls, rounds)
-    print(f"{'':<22}{'median':>10}{'/ python':>10}{'/ cat':>10}    n = {rounds}")
-    for what, taken in times.items():
-        ratios = [_ratio(taken, times[to]) for to in ("python -IS -c pass", "cat file")]
-        print(f"{what:<22}{statistics.median(taken) * 1e3:>7.1f} ms", end="")
-        print("".join(f"{ratio:>10.2f}" for ratio in ratios))
-
-
-def _home(folder: Path, gateway: DevGateway) -> dict[str, str]:
-    config = folder / "config.toml"
-    for path, text in (
-        (folder / "admin", gateway.master_key),
-        (
-            config,
-            (
-                f'[cache]\nkey = "file"\n[profiles.work]\nbase_url = "{gateway.url}"\n'
-                f'[profiles.work.source]\ntype = "litellm"\nadmin = {{ file = "{folder}/admin" }}\n'
-            ),
-        ),
-    ):
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(text)
-    return {
-        "PATH": os.environ.get("PATH", os.defpath),
-        "HOME": str(folder),
-        "KEYBROKER_CONFIG": str(config),
-    }
-
-
-def _run(command: Sequence[str], environment: Mapping[str, str]) -> None:
-    subprocess.run(command, env=dict(environment), stdout=subprocess.DEVNULL, check=True)
-
-
-def _interleaved(calls: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Time each call once a round, so that a busy minute slows all of them."""
-    times: dict[str, list[float]] = {what: [] for what in calls}
-    for call in calls.values():
-        call()
-    for _ in range(rounds):
-        for what, call in calls.items():
-            started = time.perf_counter()
-            call()
-            times[what].append(time.perf_counter() - started)
-    return times
-
-
-def _ratio(taken: Sequence[float], to: Sequence[float]) -> float:
-    return statistics.median(a / b for a, b in zip(taken, to, strict=True))
-
-
-def _rule(rounds: int) -> None:
+def _rule() -> Callable[[], float]:
     policy = Policy(Kind.MINTED, ISSUER, timedelta(minutes=15))
     profiles = [_slots(number) for number in range(PROFILES)]
-    taken = []
-    for _ in range(rounds):
-        started = time.perf_counter()
+
+    def decide() -> float:
+        began = time.perf_counter()
         for slots in profiles:
             rotation.next_step(slots, policy, NOW)
-        taken.append((time.perf_counter() - started) / PROFILES)
-    each = statistics.median(taken)
-    print(f"\nrotation.next_step    {each * 1e6:>7.1f} µs a call, {PROFILES} profiles")
+        return time.perf_counter() - began
+
+    return decide
 
 
 def _slots(number: int) -> Slots:
@@ -128,32 +67,30 @@ def _slots(number: int) -> Slots:
     return Slots(current=key, wanted_at=NOW)
 
 
-def _journal(rounds: int) -> None:
-    with tempfile.TemporaryDirectory(prefix="keybroker-bench-", dir=Path.home()) as name:
-        folder = Path(name)
-        journal, bare = Journal(folder), folder / "bare"
-        wanted = Record(
-            NOW,
-            Event.WANTED,
-            "work",
-            "kb-00000000-work-1",
-            issuer=ISSUER,
-            lifetime=timedelta(hours=12),
-            hold=timedelta(minutes=15),
-        )
+def _journal(folder: Path) -> dict[str, Callable[[], float]]:
+    below = folder / "journal"
+    below.mkdir(mode=0o700)
+    journal = Journal(below)
+    wanted = Record(
+        NOW,
+        Event.WANTED,
+        "work",
+        "kb-00000000-work-1",
+        issuer=ISSUER,
+        lifetime=timedelta(hours=12),
+        hold=timedelta(minutes=15),
+    )
 
-        def write() -> None:
-            with open(bare, "ab", buffering=0) as file:
-                file.write(b"x" * 300)
-                os.fsync(file.fileno())
+    def write() -> float:
+        began = time.perf_counter()
+        with open(folder / "bare", "ab", buffering=0) as file:
+            file.write(b"x" * 300)
+            os.fsync(file.fileno())
+        return time.perf_counter() - began
 
-        times = _interleaved(
-            {"write + fsync": write, "journal.write": lambda: journal.write(wanted)}, rounds
-        )
-    ratio = _ratio(times["journal.write"], times["write + fsync"])
-    each = statistics.median(times["journal.write"])
-    print(f"journal.write         {each * 1e3:>7.2f} ms, {ratio:.2f} of a bare write + fsync")
+    def record() -> float:
+        began = time.perf_counter()
+        journal.write(wanted)
+        return time.perf_counter() - began
 
-
-if __name__ == "__main__":
-    main()
+    return {"fsync": write, "journal": record}

@@ -1,0 +1,1 @@
+"""How fast keybroker is, against what stands beside it in the same minute."""
