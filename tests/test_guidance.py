@@ -101,8 +101,8 @@ def test_the_environment_is_what_claude_code_reads() -> None:
             profile(lifetime="1h", helper_ttl="15m", hold="5m"),
             (
                 "Claude Code asks again every 15m, in the background; not more than a quarter of "
-                "the key's 1h, but a replaced key is revoked after its hold of 5m, which may cost a "
-                "session one 401 that it retries by itself"
+                "the key's 1h, but a replaced key is revoked after its hold of 5m, which may cost "
+                "a session one 401 that it retries by itself"
             ),
         ),
         (

@@ -233,6 +233,11 @@ def seen(watch: Watch) -> set[Path]:
     return watch.read()
 
 
+def watches(watch: Watch) -> int:
+    """Return how many directories the kernel still watches for it."""
+    return Path(f"/proc/self/fdinfo/{watch.fd}").read_text().count("inotify wd:")
+
+
 def test_a_write_a_replacement_and_a_removal_are_seen(watch: Watch, tmp_path: Path) -> None:
     """As editors and people do them; a look at a file is none."""
     assert watch.directories([tmp_path]) == ({tmp_path} if LINUX else set())
@@ -310,7 +315,9 @@ def test_only_the_directories_set_last_are_watched(watch: Watch, tmp_path: Path)
     if LINUX:
         assert (first, second) == ({old, kept}, {kept, new})
         assert changed == {kept / "b", new / "d"}
+        assert watches(watch) == 2
         watch.directories([])
+        assert watches(watch) == 0
         (kept / "e").touch()
     assert seen(watch) == set()
 
@@ -334,6 +341,7 @@ def test_a_directory_that_is_removed_or_moved_is_seen(watch: Watch, tmp_path: Pa
     assert second == set()
     if LINUX:
         assert first == {removed, moved}
+        assert watches(watch) == 1
         assert third == {removed}
         assert seen(watch) == {removed / "c"}
 
