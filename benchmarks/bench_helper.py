@@ -77,12 +77,21 @@ def _timed(command: tuple[str, ...], environment: Mapping[str, str]) -> Callable
 
 
 def _at_once(home: Home, folder: Path) -> Iterator[Figure]:
-    def all_of(command: tuple[str, ...]) -> Callable[[], float]:
+    def all_of(*command: str) -> Callable[[], float]:
         printed = folder / "printed"
         return lambda: seconds_at_once(folder, AT_ONCE, command, home.environment, printed)
 
-    calls = {"helper": all_of(home.helper), "cat": all_of(("cat", str(home.path / "key-line")))}
-    (home.path / "key-line").write_text(f"{home.key}\n")
-    rounds = interleaved(calls, AT_ONCE_ROUNDS)
-    about = f"{AT_ONCE:,} helpers at once, of as many `cat`"
-    yield Figure("helper.many", about, ratio(rounds, "helper", "cat"), AT_ONCE_ROUNDS, 8.0)
+    kept = home.path / "kept"
+    kept.write_text(f"{home.key}\n")
+    rounds = interleaved(
+        {
+            "helper": all_of(*home.helper),
+            "cat": all_of("cat", str(kept)),
+            "bare": all_of(*BARE[:-1], "print()"),
+        },
+        AT_ONCE_ROUNDS,
+    )
+    about = f"{AT_ONCE:,} helpers at once, of as many"
+    for to, what, goal in (("cat", "`cat`", 8.0), ("bare", "bare interpreters", None)):
+        value = ratio(rounds, "helper", to)
+        yield Figure(f"helper.many.{to}", f"{about} {what}", value, AT_ONCE_ROUNDS, goal)

@@ -66,7 +66,7 @@ class Figure:
         """The value with three digits, and its unit."""
         digits = 0 if self.value >= 100 or self.value == int(self.value) else 2
         digits = 1 if 10 <= self.value < 100 and digits else digits
-        return f"{self.value:.{digits}f} {self.unit}"
+        return f"{self.value:.{digits}f} {self.unit}".rstrip()
 
 
 def interleaved(
@@ -96,25 +96,31 @@ def ratio(
     return statistics.median(number(found[of]) / number(found[to]) for found in rounds)
 
 
-def save(figures: Sequence[Figure], machine: Mapping[str, str], path: Path) -> list[Figure]:
+def save(
+    figures: Sequence[Figure], machine: Mapping[str, str], path: Path, *, all_of_them: bool = False
+) -> list[Figure]:
     """
     Write the file of results.
 
-    Figures that are in the file and were not taken this time stay as they are.
+    Args:
+        all_of_them: Figures that the file has and that were not taken this time are dropped;
+            otherwise they stay as they are.
 
     Returns:
         All that the file holds now.
     """
-    known: dict[str, Figure] = {one.name: one for one in load(path)}
+    known = {} if all_of_them else {one.name: one for one in load(path)}
     known.update({one.name: one for one in figures})
-    all_of_them = list(known.values())
     lines = [
-        json.dumps({**asdict(one), "goal": one.goal, "met": one.met}, ensure_ascii=False)
-        for one in all_of_them
+        json.dumps(
+            {**asdict(one), "value": round(one.value, 4), "goal": one.goal, "met": one.met},
+            ensure_ascii=False,
+        )
+        for one in known.values()
     ]
     text = ",\n  ".join(lines)
     path.write_text(f'{{"machine": {json.dumps(machine)},\n "figures": [\n  {text}\n]}}\n', "utf-8")
-    return all_of_them
+    return list(known.values())
 
 
 def load(path: Path) -> list[Figure]:
@@ -131,7 +137,7 @@ def table(figures: Sequence[Figure]) -> str:
     lines = ["| what | figure | goal | | n |", "| --- | ---: | ---: | --- | ---: |"]
     for one in figures:
         verdict = {True: "met", False: "**missed**", None: ""}[one.met]
-        lines.append(f"| {one.about} | {one.shown} | {one.goal} | {verdict} | {one.n} |")
+        lines.append(f"| {one.about} | {one.shown} | {one.goal} | {verdict} | {one.n:,} |")
     return "\n".join(lines)
 
 

@@ -159,6 +159,8 @@ def test_figures_that_were_not_taken_again_stay(tmp_path: Path) -> None:
     assert measure.save([first, second], {"cores": "2"}, path) == [first, second]
     assert measure.save([again], {"cores": "2"}, path) == [again, second]
     assert measure.load(path) == [again, second]
+    assert measure.save([first], {"cores": "2"}, path, all_of_them=True) == [first]
+    assert measure.load(path) == [first]
     assert measure.load(tmp_path / "none") == []
 
 
