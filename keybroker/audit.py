@@ -5,6 +5,7 @@
 """
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -29,10 +30,13 @@ class Audit:
 
     def write(self, at: datetime, event: str, profile: str, **facts: str | int) -> None:
         """Add a line: what happened to which fingerprint, and who asked."""
-        values = {"at": write_time(at), "event": event, "profile": profile, **facts}
+        self.add({"at": write_time(at), "event": event, "profile": profile, **facts})
+
+    def add(self, *lines: Mapping[str, str | int]) -> None:
+        """Add lines at once."""
         with suppress(JournalError, OSError):
             self._rotate()
-            self._chain.append(values, sync=False)
+            self._chain.append(*lines, sync=False)
 
     def files(self) -> list[Path]:
         """Return the files that exist, oldest first."""

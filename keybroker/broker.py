@@ -89,6 +89,11 @@ class Sealed:
     anchor: Instant
 
     @classmethod
+    def read_all(cls, found: Mapping[str, Any]) -> "dict[str, Sealed]":
+        """Take what a worker answered to `open`, by profile."""
+        return {name: sealed for name, one in found.items() if (sealed := cls.read(one))}
+
+    @classmethod
     def read(cls, found: Mapping[str, Any] | None) -> "Sealed | None":
         """Take a worker's answer to `load`."""
         if found is None:
@@ -295,6 +300,20 @@ class Broker:
                     del self._profiles[name]
                     self.ready.pop(name, None)
         self.replan()
+
+    def retry(self) -> None:
+        """Try again what failed: a credential or the configuration may be better now."""
+        for at_work in self._profiles.values():
+            if at_work.slots.failures:
+                at_work.slots = replace(at_work.slots, not_before=None, failures=0)
+                at_work.patient = False
+                self._change(at_work)
+
+    def reread(self) -> None:
+        """Take in what another process wrote into the journal while it had the owner lock."""
+        known = replay(self._reread())
+        for at_work in self._profiles.values():
+            self._refresh(at_work, known.get(at_work.name, Slots()))
 
     def replan(self) -> None:
         """Look at every profile anew: the clock was set, or the machine woke up."""
@@ -726,18 +745,20 @@ class Broker:
 
     def _apply(self, at_work: _Profile, answer: Answer) -> None:
         if answer.records is None:  # the worker died: only the journal knows how far it came
-            if at_work.policy.kind is Kind.FOLLOWED:
-                return
-            fresh = replay(self._reread()).get(at_work.name, Slots())
-            at_work.slots = replace(
-                fresh,
-                failures=at_work.slots.failures,
-                not_before=at_work.slots.not_before,
-                rotate=at_work.slots.rotate,
-            )
+            self._refresh(at_work, replay(self._reread()).get(at_work.name, Slots()))
             return
         for record in answer.records:
             at_work.slots = fold(at_work.slots, record)
+
+    def _refresh(self, at_work: _Profile, fresh: Slots) -> None:
+        """Go on with what the journal knows, and with what only this process does."""
+        if at_work.policy.kind is Kind.FOLLOWED:
+            return
+        slots = at_work.slots
+        at_work.slots = replace(
+            fresh, failures=slots.failures, not_before=slots.not_before, rotate=slots.rotate
+        )
+        self._change(at_work)
 
     def _finish(self, at_work: _Profile, step: rotation.Step, label: str, answer: Answer) -> None:
         now, policy = self._plan_time(at_work, self._clock.read()), at_work.policy

@@ -55,8 +55,8 @@ class Chain:
         self._check_first(records[0])
         return records[1:]
 
-    def append(self, values: Mapping[str, Any], *, sync: bool) -> None:
-        """Add one record; with `sync`, return only when it is on the disk."""
+    def append(self, *records: Mapping[str, Any], sync: bool) -> None:
+        """Add records; with `sync`, return only when they are on the disk."""
         try:
             with self._disk.lock(self.path):
                 tail = self._disk.read(self.path, LONGEST_LINE * 2) or b""
@@ -70,10 +70,14 @@ class Chain:
                 number = self._parse(lines[-1], 0).get("n")
                 if not isinstance(number, int):
                     raise self._problem("the last line is damaged")
-                line = _line({"n": number + 1, **values}, _link(lines[-1]))
-                if len(line) >= LONGEST_LINE:
-                    raise self._problem("a record is too long to be written")
-                self._disk.append(self.path, line + b"\n")
+                added, line = [], lines[-1]
+                for values in records:
+                    number += 1
+                    line = _line({"n": number, **values}, _link(line))
+                    if len(line) >= LONGEST_LINE:
+                        raise self._problem("a record is too long to be written")
+                    added.append(line + b"\n")
+                self._disk.append(self.path, b"".join(added))
                 if sync:
                     self._disk.sync(self.path)
         except OSError as error:

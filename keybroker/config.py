@@ -70,6 +70,11 @@ PROFILE = {
     "anthropic_key": Field(
         BOOLEAN, "Let a key that begins with sk-ant- go to this base_url.", default=False
     ),
+    "push": Field(
+        BOOLEAN,
+        "Touch the settings files that running sessions watch when the key was replaced.",
+        default=True,
+    ),
     "max_live": Field(COUNT, "The most unrevoked keys at a time.", default=4),
 }
 SOURCES: dict[str, dict[str, Field]] = {
@@ -131,6 +136,7 @@ class Profile:
     headers: Mapping[str, str]
     ca: str | None
     anthropic_key: bool
+    push: bool
     max_live: int
     type: str
     source: Mapping[str, Any]

@@ -4,6 +4,7 @@ Files are created with their mode, 0600 in a 0700 directory, never changed to it
 """
 
 import fcntl
+import json
 import os
 import stat
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from keybroker import listening
 from keybroker.credential import sha256
 from keybroker.errors import ConfigError, JournalError
 
@@ -231,15 +233,24 @@ def take_owner_lock(state: Path) -> int | None:
     """
     file = private_directory(state) / OWNER_LOCK
     try:
-        held = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        return listening.hold(str(file))
     except OSError as error:
         raise JournalError(f"{file}: cannot be locked ({error.strerror})") from None
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+
+
+def owner_lock_is_free(state: Path) -> bool:
+    """Say whether nobody has the owner lock just now."""
+    if (held := take_owner_lock(state)) is not None:
         os.close(held)
-        return None
-    return held
+    return held is not None
+
+
+def owners_socket(state: Path) -> Path | None:
+    """Return where the daemon that last had the owner lock listens, or did."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = Disk().read(state / OWNER_LOCK)
+        return Path(json.loads(found or b"")["socket"])
+    return None
 
 
 def _no_follow(path: str, flags: int) -> int:

@@ -24,6 +24,7 @@ from keybroker.values import dataclass, field
 
 LONGEST_LINE = 1 << 20
 AHEAD = 2  # requests that a worker is given: the one that it does, and the next
+REAP_SECONDS = 0.05  # between two looks whether a worker is over
 GRACE_SECONDS = 1.0  # what a worker gets beyond its own hard timer
 COMMAND = (sys.executable, "-I", "-m", "keybroker.worker")
 _NO_SIGNAL = getattr(_socket, "MSG_NOSIGNAL", 0)  # Python ignores SIGPIPE where it is missing
@@ -101,6 +102,8 @@ class Pool:
         """When, by the monotonic clock, `receive` has something to do though no pipe has."""
         if self._kept:
             return 0.0
+        if self._ended:
+            return time.monotonic() + REAP_SECONDS
         return min((w.limit for w in self._workers.values() if w.limit is not None), default=None)
 
     def send(

@@ -35,6 +35,7 @@ WAIT_SECONDS = asking.WAIT_SECONDS  # until the end of one, from the beginning
 LARGEST_PID = 2**31 - 1
 LARGEST_TTL_MS = 2**53
 WAIT = b"wait\n"
+TELLING = ("watch", "lend")  # operations that are answered by lines, until somebody closes
 STRANGE = "its answer is none of ours"
 
 
@@ -160,9 +161,17 @@ def answer(value: Any) -> bytes:
     return _sized({"ok": value})
 
 
-def refusal(error: KeybrokerError) -> bytes:
-    """Write the answer to a request for control that fails."""
-    return _sized({"error": {"code": error.code, "message": error.message, "hint": error.hint}})
+def refusal(error: KeybrokerError, *, telling: bool = False) -> bytes:
+    """Write the answer to a request for control that fails; to one who watches, the last line."""
+    found = {"error": {"code": error.code, "message": error.message, "hint": error.hint}}
+    return told(found) if telling else _sized(found)
+
+
+def told(found: dict[str, Any]) -> bytes:
+    """Write a line of what is told to one who watches; `error` is the last one's only member."""
+    import json
+
+    return json.dumps(found).encode() + b"\n"
 
 
 def _sized(found: dict[str, Any]) -> bytes:
@@ -228,16 +237,18 @@ def control(path: str | os.PathLike[str], op: str, seconds: float, /, **values: 
     return found["ok"]
 
 
-def watch(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+def watch(path: str | os.PathLike[str], op: str = "watch") -> Iterator[dict[str, Any]]:
     """
     Yield what the daemon tells, until it ends or the caller closes the iterator.
+
+    With the op `lend` it tells once that it lent the owner lock, which lasts as long.
 
     Raises:
         KeybrokerError: Of the class that the last line names.
         NobodyAnswers: Nobody is there who may answer, or what is said is none of ours.
     """
     rest = bytearray()
-    for piece in _pieces(path, "watch", {}, None):
+    for piece in _pieces(path, op, {}, None):
         rest += piece
         *lines, rest = rest.split(b"\n") if b"\n" in piece else [rest]
         for line in lines:

@@ -26,7 +26,14 @@ from keybroker.clock import Clock
 from keybroker.config import Profile, read_profile
 from keybroker.credential import Credential, Issuer, Lease, Secret
 from keybroker.document import Where
-from keybroker.errors import JournalError, KeybrokerError, SourceError
+from keybroker.errors import (
+    CacheError,
+    CacheLocked,
+    ConfigError,
+    JournalError,
+    KeybrokerError,
+    SourceError,
+)
 from keybroker.journal import (
     Journal,
     decode_issuer,
@@ -225,6 +232,28 @@ class Operations:
         """Fetch what seals the cache."""
         found = find_wrap_key(kind, self.state, self.environment)
         return {"key": found.key.reveal() if found.key else None, "origin": found.origin}
+
+    def open(self, kind: str, profiles: list[str]) -> dict[str, Any]:
+        """Fetch what seals the cache, and open all of it: what a process begins with."""
+        opened: dict[str, Any] = {"key": None, "sealed": {}, "lost": {}, "locked": []}
+        try:
+            opened.update(self.unlock(kind))
+        except ConfigError:
+            raise
+        except CacheError as error:
+            opened.update(origin=f"memory only: {error.message}")
+        wrap_key = None if opened["key"] is None else Secret(opened["key"])
+        for name in profiles:
+            try:
+                cached = self.load(name, wrap_key)["cached"]
+            except CacheError as error:
+                opened["lost"][name] = error.message
+                if isinstance(error, CacheLocked) and kind != "memory":
+                    opened["locked"].append(name)
+            else:
+                if cached is not None:
+                    opened["sealed"][name] = cached
+        return opened
 
     def load(self, profile: str, wrap_key: Secret | None) -> dict[str, Any]:
         """Open a profile's sealed credential."""

@@ -3,18 +3,18 @@
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from keybroker import paths
+from keybroker import listening, paths, wire
 from keybroker.broker import Broker, Sealed
 from keybroker.cache import WrapKey
 from keybroker.clock import Clock
 from keybroker.config import Config, Profile, load
 from keybroker.credential import Secret
-from keybroker.errors import CacheError, ConfigError, NobodyAnswers
+from keybroker.errors import NobodyAnswers
 from keybroker.journal import Journal
 from keybroker.pool import Pool, variables
 from keybroker.rotation import Kind
@@ -42,6 +42,14 @@ def configuration() -> Config:
 
 def state() -> Path:
     return paths.private_directory(paths.state_directory(os.environ))
+
+
+def daemon_socket() -> Path | None:
+    """Return where a daemon answers: at the usual place, or where the owner says that it does."""
+    for found in (paths.socket_path(os.environ), paths.owners_socket(state())):
+        if found is not None and listening.answers(str(found)):
+            return found
+    return None
 
 
 @contextmanager
@@ -100,12 +108,25 @@ def desk(
 @contextmanager
 def owner(seconds: float = 10.0) -> Iterator[int]:
     """
-    Hold the owner lock, waiting for it a while.
+    Hold the owner lock, lent by the daemon if one runs; wait for it a while.
 
     Raises:
         NobodyAnswers: Another process kept it.
     """
     until = time.monotonic() + seconds
+    socket = daemon_socket()
+    if socket is not None:
+        with closing(wire.watch(socket, "lend")) as lent:
+            next(lent)
+            with _lock(until) as lock:
+                yield lock
+        return
+    with _lock(until) as lock:
+        yield lock
+
+
+@contextmanager
+def _lock(until: float) -> Iterator[int]:
     while (lock := paths.take_owner_lock(state())) is None:
         if time.monotonic() > until:
             raise at_work_elsewhere()
@@ -168,26 +189,10 @@ def _open_cache(
     pool: Pool, config: Config, wanted: list[Profile]
 ) -> tuple[WrapKey, dict[str, Sealed], list[str]]:
     kind = wanted[0].type if wanted else "cache"
-    try:
-        found = pool.call(kind, "unlock", LOAD_SECONDS, kind=config.cache_key)
-    except CacheError as error:
-        return WrapKey(None, f"memory only: {error.message}"), {}, [error.message]
+    names = [profile.name for profile in wanted]
+    found = pool.call(kind, "open", LOAD_SECONDS, kind=config.cache_key, profiles=names)
     wrap_key = WrapKey(Secret(found["key"]) if found["key"] else None, found["origin"])
-    sealed, lost = {}, []
-    for profile in wanted:
-        try:
-            answer = pool.call(
-                kind, "load", LOAD_SECONDS, profile=profile.name, wrap_key=wrap_key.key
-            )
-        except ConfigError:
-            raise
-        except CacheError as error:
-            lost.append(error.message)
-            continue
-        cached = Sealed.read(answer["cached"])
-        if cached is not None:
-            sealed[profile.name] = cached
-    return wrap_key, sealed, lost
+    return wrap_key, Sealed.read_all(found["sealed"]), list(found["lost"].values())
 
 
 def _variables(records: list[Record]) -> set[tuple[str, str]]:

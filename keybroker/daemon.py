@@ -1,0 +1,571 @@
+"""The resident process: builds the pieces; signals, readiness, the loop.
+
+One thread, one selector: the listening socket, the workers' pool, a pipe of signals, what the
+kernel tells of clocks and files. Every turn ends with the time of the next; in between there is
+nothing to wake up for.
+"""
+
+import _socket
+import fcntl
+import math
+import os
+import selectors
+import signal
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from keybroker import __version__, guidance, kernel, listening, outcomes, paths, standing, wire
+from keybroker.answering import Answers, Job
+from keybroker.audit import Audit
+from keybroker.broker import Broker, Sealed
+from keybroker.clock import Clock
+from keybroker.config import load
+from keybroker.credential import Secret
+from keybroker.errors import (
+    ConfigError,
+    KeybrokerError,
+    NobodyAnswers,
+    NotReady,
+)
+from keybroker.journal import Journal
+from keybroker.listening import Begun
+from keybroker.log import Log
+from keybroker.paths import Disk
+from keybroker.pool import Answer, Pool, variables
+from keybroker.push import Push, SettingsFiles
+from keybroker.rotation import Kind
+from keybroker.server import Client, Server
+from keybroker.slots import replay
+
+TURN_SECONDS = 20.0  # a turn that takes longer kills the process
+AT_A_TIME = 8  # profiles that a turn looks at before clients get theirs
+OPEN_SECONDS = 10.0
+UNLOCK_SECONDS = (60.0, 3600.0)  # between two looks at a locked keyring: at first, at most
+ACT_SECONDS = 20.0  # for a command's request
+BORROWED_SECONDS = 0.1  # between two looks whether the lock is free again
+STOP_SECONDS = 5.0  # for what is under way when the daemon is told to end
+TICK_SECONDS = 30.0  # where a wake-up cannot be told from sleep
+LONGEST_SLEEP = 86_400.0
+MOST_WATCHERS = 16
+WATCH_APART = 0.2
+
+
+def run(begun: Begun, state: str, path: str, form: str) -> int:
+    """Serve until told to end; return the exit status."""
+    if form == "text" and os.environ.get("JOURNAL_STREAM"):
+        form = "journal"
+    log = Log(2, form)
+    try:
+        return Daemon(begun, Path(state), path, log).serve()
+    except KeybrokerError as error:
+        log.say("error", wire.one_line(error).removeprefix("keybroker: "))
+        if not begun.inherited:
+            os.unlink(path)
+        return error.exit_status
+
+
+class Daemon:
+    """All of it. See `serve`."""
+
+    def __init__(self, begun: Begun, state: Path, path: str, log: Log) -> None:
+        self._begun, self._state, self._path, self._log = begun, state, path, log
+        self._clock = Clock()
+        self._selector = selectors.DefaultSelector()
+        self._signals = _Signals()
+        self._journal = Journal(state)
+        self._files = SettingsFiles(state)
+        self._files.load()
+        self._push = Push(self._files)
+        self._watch = kernel.Watch()
+        self._timer = kernel.clock_set_timer()
+        self._config_files = paths.config_files(os.environ)
+        self._config = load(self._config_files)
+        self._pool = Pool(state, os.environ, begun.lock)
+        self._name_variables()
+        operations = {
+            "status": self._status,
+            "rotate": self._rotate,
+            "revoke": self._revoke,
+            "reload": self._reload,
+            "watch": self._watching,
+            "stop": self._stop,
+            "lend": self._lend,
+        }
+        self._answers = Answers(self._config, Audit(state), self._files, operations)
+        self._server = Server(
+            begun.sockets,
+            self._selector,
+            frozenset({os.geteuid()}),
+            self._answers.at_once,
+            self._answers.later,
+            self._stranger,
+        )
+        self._broker: Broker | None = None
+        self._origin = ""
+        self._opening: int | None = None  # the request that opens the cache
+        self._unlock_at, self._unlock_after = math.inf, UNLOCK_SECONDS[0]
+        self._ends_at: float | None = None  # it was told to end
+        self._borrower: Client | None = None  # who has the owner lock meanwhile
+        self._lent = False
+        self._watchers: list[Client] = []
+        self._told_at, self._tell_at = 0.0, math.inf
+        self._since = self._clock.read().wall
+
+    def serve(self) -> int:
+        """
+        Answer, rotate and revoke, until a signal or a request ends it.
+
+        Raises:
+            JournalError: The journal cannot be read: nothing could be promised.
+        """
+        self._journal.compact()
+        self._journal.read()  # damaged, it is said now
+        self._register()
+        self._write_guidance()
+        self._open_cache()
+        self._notify("READY=1")
+        self._log.say("info", f"keybroker {__version__} listens at {self._path}")
+        wake = 0.0
+        while not self._over():
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            events = self._selector.select(min(max(0.0, wake - time.monotonic()), LONGEST_SLEEP))
+            signal.setitimer(signal.ITIMER_REAL, TURN_SECONDS)  # its action is death
+            for key, mask in events:
+                key.data(mask)
+            wake = self._turn()
+        self._end()
+        return 0
+
+    # the loop
+
+    def _register(self) -> None:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+        read = selectors.EVENT_READ
+        self._selector.register(self._signals.fileno(), read, self._signalled)
+        self._selector.register(self._pool.fileno(), read, lambda mask: None)
+        if self._timer is not None:
+            self._selector.register(self._timer, read, self._clock_was_set)
+        if self._watch.fd is not None:
+            self._selector.register(self._watch.fd, read, self._files_changed)
+        self._watch_directories()
+
+    def _turn(self) -> float:
+        """Do what is due; return when to come back, by the monotonic clock."""
+        now = time.monotonic()
+        self._take(self._pool.receive(0.0))
+        wake = [now + TICK_SECONDS] if self._timer is None else []
+        if self._broker is not None and not self._take_back(self._broker):
+            wake.append(now + BORROWED_SECONDS)
+        elif self._broker is not None:
+            due = self._broker.turn(AT_A_TIME)
+            if due is not None:
+                wake.append(now + (due - self._clock.read().wall).total_seconds())
+        if self._broker is not None:
+            self._tell_news(self._broker)
+        if now >= self._unlock_at and self._borrower is None:
+            self._open_cache()
+        self._server.tidy(now)
+        self._answers.settle()
+        if self._answers.named:
+            self._answers.named = False
+            self._files.save()
+            self._watch_directories()
+        for file, reason in self._push.run(time.monotonic()):
+            self._log.once("warning", f"{file} {reason}: {NOT_TOLD}", about=file)
+        self._tell_watchers(now)
+        times = (self._pool.limit, self._unlock_at, self._ends_at, self._push.due())
+        wake += [at for at in (*times, self._server.due, self._answers.due) if at is not None]
+        if self._watchers:
+            wake.append(self._tell_at)
+        return min(wake)
+
+    def _over(self) -> bool:
+        if self._ends_at is None:
+            return False
+        busy = self._broker is not None and self._broker.busy
+        return not busy or time.monotonic() >= self._ends_at
+
+    def _end(self) -> None:
+        """Leave nothing half done that can be finished soon, and nothing that says we listen."""
+        self._answers.give_up(NotReady("the daemon was stopped", hint="try again"))
+        self._answers.write_audit()
+        self._pool.close(at_once=True)
+        self._server.close()
+        if not self._begun.inherited:
+            with suppress(OSError):
+                os.unlink(self._path)
+        self._log.say("info", "stopped")
+
+    # the cache, at the beginning and when a locked keyring may have been opened
+
+    def _open_cache(self) -> None:
+        self._unlock_at = math.inf
+        kind = next((p.type for p in self._config.profiles.values()), "cache")
+        self._opening = self._pool.send(
+            kind,
+            "open",
+            OPEN_SECONDS,
+            urgent=True,
+            kind=self._config.cache_key,
+            profiles=list(self._config.profiles),
+        )
+
+    def _take(self, answers: list[Answer]) -> None:
+        for answer in answers:
+            if answer.id == self._opening:
+                self._opening = None
+                self._opened(answer)
+        if self._broker is not None and answers:
+            self._broker.take(answers)
+            self._something_changed()
+
+    def _opened(self, answer: Answer) -> None:
+        found = answer.ok or {}
+        problem = answer.error.message if answer.error is not None else ""
+        self._origin = found.get("origin", f"memory only: {problem}")
+        key = found.get("key")
+        wrap_key = None if key is None else Secret(key)
+        if wrap_key is None and self._config.cache_key != "memory":
+            self._unlock_at = time.monotonic() + self._unlock_after
+            self._unlock_after = min(2 * self._unlock_after, UNLOCK_SECONDS[1])
+            self._log.once("warning", self._origin, about="cache")
+        else:
+            self._unlock_after = UNLOCK_SECONDS[0]
+            self._log.over(f"keys are sealed with the {self._origin}", about="cache")
+        for message in found.get("lost", {}).values():
+            self._log.once("warning", message, about=message)
+        sealed = Sealed.read_all(found.get("sealed", {}))
+        if self._broker is None:
+            self._broker = Broker(
+                self._config.profiles.values(),
+                self._journal.read(),
+                sealed,
+                self._pool,
+                instance=paths.instance(self._state),
+                wrap_key=wrap_key,
+                origin=self._origin.removeprefix("memory only: "),
+                locked=found.get("locked", list(self._config.profiles)),
+                keeps=True,
+                mints=_Everything(),
+                clock=self._clock,
+                reread=self._journal.read,
+            )
+            self._answers.begin(self._broker)
+            kernel.trim()
+        elif wrap_key is not None:
+            self._broker.unlock(wrap_key, self._origin, sealed)
+
+    # what the outside says
+
+    def _signalled(self, mask: int) -> None:
+        for number in self._signals.read():
+            if number in (signal.SIGTERM, signal.SIGINT):
+                self._begin_to_end()
+            elif number == signal.SIGHUP:
+                self._configure()
+
+    def _begin_to_end(self) -> None:
+        if self._ends_at is None:
+            self._notify("STOPPING=1")
+            self._ends_at = time.monotonic() + STOP_SECONDS
+            if self._broker is not None:
+                self._broker.wind_down()
+
+    def _clock_was_set(self, mask: int) -> None:
+        assert self._timer is not None
+        kernel.rearm_clock_set_timer(self._timer)
+        if self._broker is not None:
+            self._broker.replan()
+
+    def _files_changed(self, mask: int) -> None:
+        changed = self._watch.read()
+        if any(file in changed or file.parent in changed for file in self._config_files):
+            self._configure()
+        keys = {Path(file) for file in self._credential_files()}
+        if self._broker is not None and keys & changed:
+            self._broker.retry()
+        if not self._begun.inherited and self._ends_at is None and not os.path.exists(self._path):
+            self._listen_again()
+        self._watch_directories()
+
+    def _listen_again(self) -> None:
+        """The socket's file is gone: make another, or nobody could ask."""
+        try:
+            paths.private_directory(Path(self._path).parent)
+            self._server.replace(listening.listen(self._path))
+            self._write_guidance()
+            self._log.say("warning", f"{self._path} was removed; it was made again")
+        except (OSError, ConfigError) as error:
+            self._log.once("error", f"{self._path}: cannot listen ({error})", about="socket")
+
+    def _watch_directories(self) -> None:
+        wanted = [file.parent for file in self._config_files]
+        wanted += [Path(file).parent for file in self._credential_files()]
+        wanted.append(Path(self._path).parent)
+        self._watch.directories(wanted)
+
+    def _credential_files(self) -> list[str]:
+        """Return the files that admin credentials are read from."""
+        issuers = [profile.issuer for profile in self._config.profiles.values()]
+        return [
+            str(one.admin.value)
+            for one in issuers
+            if one.admin is not None and one.admin.kind == "file"
+        ]
+
+    def _configure(self) -> ConfigError | None:
+        """Read the configuration again; a bad one changes nothing."""
+        self._notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            fresh = load(self._config_files)
+        except ConfigError as error:
+            text = f"{error.message}; the configuration before it stays in use"
+            self._log.once("error", text, about="config")
+            return error
+        finally:
+            self._notify("READY=1")
+        self._log.over("the configuration is good again", about="config")
+        changed = fresh != self._config
+        cache_changed = fresh.cache_key != self._config.cache_key
+        self._config = self._answers.config = fresh
+        self._name_variables()
+        self._files.off.clear()
+        if changed:
+            self._log.say("info", f"configuration read, {len(fresh.profiles)} profiles")
+        if self._broker is not None:
+            self._broker.configure(fresh.profiles.values())
+        if cache_changed:
+            self._open_cache()
+        self._write_guidance()
+        self._watch_directories()
+        return None
+
+    def _name_variables(self) -> None:
+        named = variables(self._config)
+        for slots in replay(self._journal.read()).values():
+            for one in slots.all:
+                if one.issuer.admin is not None and one.issuer.admin.kind == "env":
+                    named.setdefault(one.issuer.type, set()).add(str(one.issuer.admin.value))
+        self._pool.named = named
+
+    def _stranger(self, uid: int) -> None:
+        self._log.once("warning", f"user {uid} was turned away", about=f"uid {uid}")
+
+    # what it tells
+
+    def _tell_news(self, broker: Broker) -> None:
+        news, broker.news = broker.news, []
+        for one in news:
+            if one.what in ("published", "replaced"):
+                self._log.say("info", f"key {one.text} is handed out", one.profile)
+                profile = self._config.profiles.get(one.profile)
+                if one.what == "replaced" and profile is not None and profile.push:
+                    self._push.replaced(time.monotonic())
+            elif one.what == "trouble":
+                self._log.once("warning", one.text, one.profile, about="trouble")
+            elif one.what == "recovered":
+                self._log.over("works again", one.profile, about="trouble")
+            elif one.what == "late":
+                text = f"its key ends at {one.text} and could not be replaced yet"
+                self._log.say("error", text, one.profile)
+        if news:
+            self._notify(f"STATUS={self._summary(broker)}")
+
+    def _summary(self, broker: Broker) -> str:
+        ready = sum(broker.credential(name) is not None for name in self._config.profiles)
+        return f"{ready} of {len(self._config.profiles)} profiles have a key"
+
+    def _write_guidance(self) -> None:
+        try:
+            folder = Path(self._path).parent
+            guidance.write(folder, self._config.profiles.values(), self._config.default, Disk())
+        except OSError as error:
+            text = f"guidance cannot be written ({error.strerror})"
+            self._log.once("warning", text, about="guidance")
+
+    def _notify(self, text: str) -> None:
+        """Tell the service manager, if one asked for it. See: sd_notify(3)."""
+        where = os.environ.get("NOTIFY_SOCKET", "")
+        if where[:1] in ("/", "@"):
+            address = "\0" + where[1:] if where[0] == "@" else where
+            told = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM)
+            with suppress(OSError):
+                told.sendto(text.encode(), getattr(_socket, "MSG_DONTWAIT", 0), address)
+            told.close()
+
+    # control
+
+    def _ready(self) -> Broker:
+        if self._broker is None:
+            raise NotReady("the daemon is still starting", hint="try again")
+        if self._borrower is not None:
+            raise NotReady("another command is at work", hint="try again when it is done")
+        return self._broker
+
+    def _chosen(self, asked: Mapping[str, Any]) -> list[str]:
+        names = asked.get("profiles")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise NobodyAnswers("the daemon was asked in words it does not know")
+        known = self._ready().names()
+        for name in names:
+            if name not in known:
+                self._config.profile(name)
+        return names
+
+    def _status(self, asked: Mapping[str, Any], client: Client) -> Job:
+        def result(late: bool) -> dict[str, Any] | None:
+            return None if self._broker is None and not late else self._standing(self._ready())
+
+        return Job(client, result, time.monotonic() + OPEN_SECONDS)
+
+    def _standing(self, broker: Broker) -> dict[str, Any]:
+        known = self._config.profiles
+        return {
+            "daemon": {
+                "pid": os.getpid(),
+                "version": __version__,
+                "since": self._since.isoformat(),
+                "socket": self._path,
+            },
+            "cache": self._origin,
+            "profiles": standing.rows(broker, known.values()),
+            "unconfigured": standing.unconfigured(broker, known),
+            "push": {"known": self._files.known(), "off": self._files.off},
+        }
+
+    def _rotate(self, asked: Mapping[str, Any], client: Client) -> Job:
+        broker, names = self._ready(), self._chosen(asked)
+        before = {name: broker.slots(name).current for name in names}
+        for name in names:
+            if name not in self._config.profiles:
+                raise NotReady(f"{name}: is not configured any more")
+            broker.hurry(name)
+
+        def result(late: bool) -> list[dict[str, Any]] | None:
+            if not late and not all(outcomes.rotated_or_failed(broker, name) for name in names):
+                return None
+            return [outcomes.rotated(broker, name, before[name]) for name in names]
+
+        return Job(client, result, time.monotonic() + ACT_SECONDS)
+
+    def _revoke(self, asked: Mapping[str, Any], client: Client) -> Job:
+        broker, names = self._ready(), self._chosen(asked)
+        counts = {name: outcomes.ours(broker, name) for name in names}
+        for name in names:
+            profile = self._config.profiles.get(name)
+            if profile is not None and profile.kind is Kind.FOLLOWED and not counts[name]:
+                raise outcomes.not_ours(name)
+            broker.end(name, "revoked by request")
+
+        def result(late: bool) -> list[dict[str, Any]] | None:
+            if not late and not all(outcomes.revoked_or_denied(broker, name) for name in names):
+                return None
+            for name in names:
+                self._pool.send("cache", "forget", ACT_SECONDS, profile=name)
+            return [outcomes.revoked(broker, name, counts[name]) for name in names]
+
+        return Job(client, result, time.monotonic() + ACT_SECONDS)
+
+    def _reload(self, asked: Mapping[str, Any], client: Client) -> Job | None:
+        problem = self._configure()
+        if problem is not None:
+            raise problem
+        if self._broker is not None:
+            self._broker.retry()
+        client.send(wire.answer({"profiles": sorted(self._config.profiles)}), last=True)
+        return None
+
+    def _stop(self, asked: Mapping[str, Any], client: Client) -> Job | None:
+        client.send(wire.answer({"pid": os.getpid()}), last=True)
+        self._begin_to_end()
+        return None
+
+    def _watching(self, asked: Mapping[str, Any], client: Client) -> Job | None:
+        if len(self._watchers) >= MOST_WATCHERS:
+            raise NotReady(f"{MOST_WATCHERS} programs watch already", hint="end one of them")
+        self._watchers.append(client)
+        self._tell_at = 0.0
+        return None
+
+    def _tell_watchers(self, now: float) -> None:
+        """Send how things stand to those who watch, a few times a second at the most."""
+        self._watchers = [client for client in self._watchers if not client.closed]
+        if self._watchers and self._broker is not None and now >= self._tell_at:
+            self._told_at, self._tell_at = now, math.inf
+            line = wire.told(self._standing(self._broker))
+            for client in self._watchers:
+                client.send(line)
+
+    def _something_changed(self) -> None:
+        self._tell_at = min(self._tell_at, self._told_at + WATCH_APART)
+
+    def _lend(self, asked: Mapping[str, Any], client: Client) -> Job:
+        """Let a command be the owner of the state directory while its connection lasts."""
+        broker = self._ready()
+        self._borrower = client
+
+        def result(late: bool) -> dict[str, Any] | None:
+            if broker.busy and not late:
+                return None
+            if broker.busy:
+                self._borrower = None
+                raise NotReady("the daemon is busy", hint="try again")
+            self._pool.close()
+            fcntl.flock(self._begun.lock, fcntl.LOCK_UN)
+            self._lent = True
+            return {}
+
+        return Job(client, result, time.monotonic() + ACT_SECONDS, lasts=True)
+
+    def _take_back(self, broker: Broker) -> bool:
+        """Be the owner again, once the borrower is gone; what it wrote is in the journal."""
+        if self._borrower is None or not self._borrower.closed:
+            return self._borrower is None
+        if self._lent:
+            try:
+                fcntl.flock(self._begun.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            listening.record_owner(self._begun.lock, self._path)
+            self._lent = False
+            broker.reread()
+        self._borrower = None
+        return True
+
+
+NOT_TOLD = "sessions that watch it take a new key at their next refresh, or after one 401"
+
+
+class _Everything:
+    """Contains whatever is asked about."""
+
+    def __contains__(self, item: object) -> bool:
+        return True
+
+
+class _Signals:
+    """A pipe that says which signals came."""
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self._read, write = os.pipe()
+        os.set_blocking(self._read, False)
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        for number in self.NUMBERS:
+            signal.signal(number, lambda number, frame: None)
+
+    def fileno(self) -> int:
+        return self._read
+
+    def read(self) -> bytes:
+        """Return the numbers of the signals that came, without waiting."""
+        try:
+            return os.read(self._read, 256)
+        except BlockingIOError:
+            return b""

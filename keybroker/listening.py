@@ -1,0 +1,177 @@
+"""The first milliseconds of the daemon: closed to others, alone, listening.
+
+Clients may wait in the socket's queue from here on, while the rest of the daemon is loaded. So
+this module imports little and nothing that is ours but `kernel`; paths come from who started it,
+who has looked at them already.
+"""
+
+import _socket
+import fcntl
+import json
+import os
+import stat
+import sys
+import time
+
+from keybroker import kernel
+
+BACKLOG = 4096
+LOCK_SECONDS = 45.0  # an old worker ends within its hard timer
+FIRST_INHERITED = 3  # sd_listen_fds(3)
+NOFILE = 16_384
+
+
+class Begun:
+    """What the daemon has when it begins: the owner lock, and sockets that listen."""
+
+    __slots__ = ("inherited", "lock", "sockets")
+
+    def __init__(self, lock: int, sockets: list[_socket.socket], *, inherited: bool) -> None:
+        self.lock = lock
+        self.sockets = sockets
+        self.inherited = inherited
+
+
+def begin(state: str, path: str) -> Begun | None:
+    """
+    Become this user's daemon.
+
+    Args:
+        state: The state directory, private.
+        path: Where to listen, in a private directory, unless a socket was inherited.
+
+    Returns:
+        None when another daemon has the place.
+
+    Raises:
+        OSError: The place cannot be taken.
+    """
+    os.umask(0o077)
+    kernel.close_to_debuggers()
+    sockets = inherited()
+    lock = _lock(os.path.join(state, "owner.lock"), path)
+    if lock is None:
+        return None
+    _raise_limit()
+    made = not sockets
+    if made:
+        sockets = [listen(path)]
+    record_owner(lock, path)
+    return Begun(lock, sockets, inherited=not made)
+
+
+def _lock(file: str, path: str) -> int | None:
+    """Take the owner lock; wait for a command or an old worker that has it, not for a daemon."""
+    until = time.monotonic() + LOCK_SECONDS
+    while (lock := hold(file)) is None:
+        if answers(path) or time.monotonic() > until:
+            return None
+        time.sleep(0.02)
+    return lock
+
+
+def hold(file: str) -> int | None:
+    """
+    Lock a file for as long as the descriptor and its copies are open; None when it is locked.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+    held = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        return None
+    return held
+
+
+def record_owner(lock: int, path: str) -> None:
+    """Say in the lock's file who has it and where to ask: for people, and for commands."""
+    text = json.dumps({"pid": os.getpid(), "socket": path}) + "\n"
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, text.encode(), 0)
+
+
+def answers(path: str) -> bool:
+    """Say whether somebody listens there."""
+    probe = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    try:
+        probe.settimeout(1.0)
+        probe.connect(path)
+    except OSError:
+        return False
+    finally:
+        probe.close()
+    return True
+
+
+def listen(path: str) -> _socket.socket:
+    """
+    Listen at a path in place of whoever did; the owner lock says that nobody does any more.
+
+    Raises:
+        OSError: It cannot be done; the path is something else than a socket, or too long.
+    """
+    try:
+        if stat.S_ISSOCK(os.lstat(path).st_mode):
+            os.unlink(path)
+    except FileNotFoundError:
+        pass
+    made = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    old = os.umask(0o177)
+    try:
+        made.bind(path)
+    except OSError:
+        made.close()
+        raise
+    finally:
+        os.umask(old)
+    made.setblocking(False)
+    made.listen(BACKLOG)
+    return made
+
+
+def inherited() -> list[_socket.socket]:
+    """
+    Return the listening sockets that a service manager handed down, if it means us.
+
+    See: sd_listen_fds(3). The variables are taken out of the environment.
+    """
+    pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if pid != str(os.getpid()) or not count.isdigit():
+        return []
+    found = []
+    for number in range(FIRST_INHERITED, FIRST_INHERITED + int(count)):
+        os.set_inheritable(number, False)
+        one = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, number)
+        one.setblocking(False)
+        found.append(one)
+    return found
+
+
+def _raise_limit() -> None:
+    """Have room for many clients at once."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = NOFILE if hard == resource.RLIM_INFINITY else min(NOFILE, hard)
+    if soft != resource.RLIM_INFINITY and soft < room:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (room, hard))
+
+
+def main() -> None:
+    """Run as the daemon: STATE SOCKET FORMAT, as `starting.command` writes it."""
+    state, path, log = sys.argv[1:]
+    try:
+        begun = begin(state, path)
+    except OSError as error:
+        sys.stderr.write(f"keybroker: {path}: cannot listen ({error.strerror})\n")
+        sys.exit(69)
+    if begun is None:
+        sys.stderr.write("keybroker: another keybroker is at work on the same state directory\n")
+        sys.exit(69)
+    from keybroker.daemon import run
+
+    sys.exit(run(begun, state, path, log))

@@ -1,0 +1,83 @@
+"""What came of a rotation or a revocation that somebody asked for, as plain values."""
+
+from typing import Any
+
+from keybroker.broker import Broker
+from keybroker.errors import KeybrokerError, SourceInvalid, SourceUnavailable
+from keybroker.journal import write_time
+from keybroker.slots import Key
+
+
+def rotated_or_failed(broker: Broker, name: str) -> bool:
+    """Say whether a profile that was hurried has its new key, or did not get one."""
+    slots = broker.slots(name)
+    return not slots.rotate or slots.failures > 0
+
+
+def rotated(broker: Broker, name: str, old: Key | None) -> dict[str, Any]:
+    """
+    Return what a rotation did.
+
+    Args:
+        old: The key that was current before.
+    """
+    slots = broker.slots(name)
+    new = slots.current
+    if slots.rotate or new is None:
+        return {"profile": name, "rotated": False, **_error(broker.why_not(name))}
+    changed = old is None or old.label != new.label
+    ends = new.lease.expires_at
+    revokes = next((k.revoke_at for k in slots.retired if old and k.label == old.label), None)
+    return {
+        "profile": name,
+        "rotated": changed,
+        "fingerprint": new.fingerprint,
+        "replaced": old.fingerprint if old is not None and changed else None,
+        "expires_at": None if ends is None else write_time(ends),
+        "revokes_at": None if revokes is None else write_time(revokes),
+    }
+
+
+def ours(broker: Broker, name: str) -> int:
+    """Count the keys of a profile that are not gone and ours to revoke."""
+    return sum(key.lease.revocable for key in broker.slots(name).keys)
+
+
+def not_ours(name: str) -> KeybrokerError:
+    """Return what to say to somebody who wants such a key revoked."""
+    return SourceInvalid(
+        f"{name}: somebody else keeps its key, which is not ours to revoke",
+        hint="end it where it was made",
+    )
+
+
+def revoked_or_denied(broker: Broker, name: str) -> bool:
+    """Say whether trying again now would be no use."""
+    slots = broker.slots(name)
+    denied = slots.trouble is not None and slots.trouble.code != SourceUnavailable.code
+    keys = [key for key in slots.keys if key.lease.revocable]
+    looked = all(one.looks or one.failures for one in slots.open)
+    return looked and (not keys or (denied and all(key.failures for key in keys)))
+
+
+def revoked(broker: Broker, name: str, count: int) -> dict[str, Any]:
+    """
+    Return what a revocation did.
+
+    Args:
+        count: How many keys there were before.
+    """
+    left, trouble = ours(broker, name), broker.slots(name).trouble
+    return {
+        "profile": name,
+        "revoked": count - left,
+        "left": left,
+        "unsettled": broker.unsettled(name),
+        "error": trouble.message if trouble else None,
+        "code": trouble.code if trouble else None,
+        "hint": trouble.hint if trouble else None,
+    }
+
+
+def _error(error: KeybrokerError) -> dict[str, str | None]:
+    return {"error": error.message, "code": error.code, "hint": error.hint}
