@@ -64,7 +64,8 @@ def request(profile: bytes, environment: dict[bytes, bytes]) -> bytes:
     ttl = environment.get(b"CLAUDE_CODE_API_KEY_HELPER_TTL_MS", b"")
     if not ttl.isdigit() or len(ttl) > 15:
         ttl = CLIENT_TTL_MS if b"CLAUDE_CODE_ENTRYPOINT" in environment else b"0"
-    folder = environment.get(b"CLAUDE_CONFIG_DIR") or environment.get(b"HOME", b"") + b"/.claude"
+    home = environment.get(b"HOME")
+    folder = environment.get(b"CLAUDE_CONFIG_DIR") or (home + b"/.claude" if home else b"")
     return line(profile, posix.getppid(), ttl, folder)
 
 

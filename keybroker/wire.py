@@ -19,7 +19,7 @@ from keybroker.values import dataclass
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
     from typing import Any
 
     from keybroker.errors import KeybrokerError, NobodyAnswers
@@ -237,7 +237,7 @@ def control(path: str | os.PathLike[str], op: str, seconds: float, /, **values: 
     return found["ok"]
 
 
-def watch(path: str | os.PathLike[str], op: str = "watch") -> Iterator[dict[str, Any]]:
+def watch(path: str | os.PathLike[str], op: str = "watch") -> Generator[dict[str, Any]]:
     """
     Yield what the daemon tells, until it ends or the caller closes the iterator.
 

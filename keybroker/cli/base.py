@@ -15,6 +15,7 @@ import click
 
 from keybroker import __version__, wire
 from keybroker.errors import KeybrokerError, OutputLost
+from keybroker.fields import read_duration
 from keybroker.kernel import close_to_debuggers
 
 COMMANDS = {
@@ -23,6 +24,8 @@ COMMANDS = {
     "revoke": ("keys", "End every key of a profile at once."),
     "sweep": ("keys", "Revoke keys of this installation that no journal knows."),
     "check": ("keys", "Exit 0 if a key has enough time left, else 75."),
+    "daemon": ("daemon", "Run the daemon, which has keys ready and replaces them in time."),
+    "reload": ("daemon", "Have the daemon read its configuration again."),
     "status": ("status", "Show every profile's key, what comes next, and what to paste."),
     "audit": ("audit", "Show who was given which key, and what became of it."),
     "config": ("configuration", "Check, show and describe the configuration."),
@@ -77,6 +80,22 @@ def keybroker() -> None:
     keybroker config path   where your configuration goes
     keybroker status        how your keys stand
     """
+
+
+class Duration(click.ParamType[timedelta]):
+    """A duration as the configuration file has it: 90s, 30m, 12h."""
+
+    name = "duration"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> timedelta:
+        if isinstance(value, timedelta):
+            return value
+        try:
+            return read_duration(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 def for_profile(command: Callable[..., None]) -> Callable[..., None]:

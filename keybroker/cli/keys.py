@@ -4,18 +4,21 @@ import os
 import sys
 import time
 from contextlib import suppress
-from datetime import datetime, timedelta
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import click
 
-from keybroker import paths
+from keybroker import asking, outcomes, paths, starting, wire
 from keybroker.audit import Audit, asker
 from keybroker.cache import sealed_at
-from keybroker.cli.base import for_profile, in_words, on_the_clock, print_json, progress
+from keybroker.cli.base import Duration, for_profile, in_words, on_the_clock, print_json, progress
 from keybroker.cli.work import (
     Desk,
     at_work_elsewhere,
     configuration,
+    daemon_socket,
     desk,
     drive,
     minted,
@@ -30,13 +33,13 @@ from keybroker.errors import (
     CLASSES,
     ConfigError,
     JournalError,
+    NobodyAnswers,
     NotReady,
-    SourceInvalid,
     SourceUnavailable,
 )
-from keybroker.fields import read_duration
-from keybroker.journal import Journal, decode_lease
+from keybroker.journal import Journal, decode_lease, read_time
 from keybroker.label import is_label, prefix
+from keybroker.pool import variables
 from keybroker.rotation import expired
 from keybroker.slots import replay
 
@@ -45,42 +48,76 @@ AFTERWARDS_SECONDS = 2.0
 ACT_SECONDS = 20.0
 
 
-class Duration(click.ParamType[timedelta]):
-    """A duration as the configuration file has it: 90s, 30m, 12h."""
-
-    name = "duration"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> timedelta:
-        if isinstance(value, timedelta):
-            return value
-        try:
-            return read_duration(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.command("get")
 @for_profile
-def get_command(profile: str | None) -> None:
+@click.option("--no-start", is_flag=True, help="Start no daemon; do what is due here and now.")
+def get_command(profile: str | None, no_start: bool) -> None:
     """Print the current key of PROFILE and nothing else.
 
-    A key that is due is replaced first; while the gateway is out of reach the current one is
-    printed until its end. Exit status: 0; 69 nobody can answer, 75 try later, 77 refused,
-    78 configuration.
+    The daemon has it ready; if none runs, one is started. While the gateway is out of reach the
+    current key is printed until its end. Exit status: 0; 69 nobody can answer, 75 try later,
+    77 refused, 78 configuration.
     """
     config = configuration()
     wanted = config.profile(profile)
-    answer(config, wanted)
+    socket = daemon_socket()
+    if socket is None and no_start:
+        answer(config, wanted)
+        return
+    try:
+        _ask_daemon(socket or _start_daemon(config), wanted)
+    except NobodyAnswers as error:
+        # Whatever became of the daemon: what was sealed and is alive is good for its reader.
+        found = _from_cache(config, wanted)
+        if found is None:
+            raise error
+        _hand_out(wanted, found)
+
+
+def _start_daemon(config: Config) -> Path:
+    """
+    Start a daemon in the background, unless another process is the owner; return where it listens.
+
+    Raises:
+        NobodyAnswers: It did not come up, or somebody else was at work for too long.
+        JournalError: The journal is damaged: none can run.
+    """
+    where, socket = state(), paths.socket_path(os.environ)
+    paths.private_directory(socket.parent)
+    until = time.monotonic() + ANSWER_SECONDS
+    while not paths.owner_lock_is_free(where):
+        if (found := daemon_socket()) is not None:
+            return found
+        if time.monotonic() > until:
+            raise at_work_elsewhere()
+        time.sleep(0.05)
+    named = {name for names in variables(config).values() for name in names}
+    pid = starting.start(where, socket, starting.scrubbed(os.environ, named))
+    try:
+        starting.wait(pid, socket)
+    except NobodyAnswers as error:
+        Journal(where).read()  # if this is why, it is said
+        raise NobodyAnswers(error.message, hint=f"see {starting.log_file(where)}") from None
+    return socket
+
+
+def _ask_daemon(socket: Path, profile: Profile) -> None:
+    reply = wire.ask(socket, asking.request(profile.name.encode(), dict(os.environb)))
+    status, text = asking.read_reply(reply) or (69, "")
+    if status == 0:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+        return
+    sys.stderr.write(f"{text}\n")
+    raise click.exceptions.Exit(status)
 
 
 def answer(config: Config, profile: Profile) -> None:
     """
-    Find the key to hand out, print it, then do what else is due.
+    Find the key to hand out, print it, then do what else is due; without a daemon.
 
     Raises:
         KeybrokerError: There is none, and why.
@@ -187,44 +224,37 @@ def rotate_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
             what = f"minted at {one.issuer.url}" if minted(one) else "read again"
             print(f"{one.name}: a new key would be {what}")
         return
-    results, first_problem = [], None
-    with owner() as lock, desk(config, lock=lock, mints=chosen) as at:
-        before = {one.name: at.broker.slots(one.name).current for one in chosen}
-        for one in chosen:
-            at.broker.hurry(one.name)
-        with progress("rotating"):
-            drive(at, lambda: all(_rotated_or_failed(at, one) for one in chosen), ACT_SECONDS)
-        for one in chosen:
-            slots = at.broker.slots(one.name)
-            old, new = before[one.name], slots.current
-            if slots.rotate or new is None:
-                problem = at.broker.why_not(one.name)
-                first_problem = first_problem or problem
-                results.append({"profile": one.name, "rotated": False, "error": problem.message})
-                continue
-            changed = old is None or old.label != new.label
-            results.append(
-                {
-                    "profile": one.name,
-                    "rotated": changed,
-                    "fingerprint": new.fingerprint,
-                    "replaced": old.fingerprint if old is not None and changed else None,
-                    "expires_at": new.lease.expires_at,
-                    "revokes_at": next(
-                        (k.revoke_at for k in slots.retired if old and k.label == old.label), None
-                    ),
-                }
-            )
-        at.broker.wind_down()
-        drive(at, lambda: False, AFTERWARDS_SECONDS, patience=0)
-        at.pool.close(at_once=True)
+    names = [one.name for one in chosen]
+    with progress("rotating"):
+        socket = daemon_socket()
+        if socket is not None:
+            results = wire.control(socket, "rotate", ACT_SECONDS + 5, profiles=names)
+        else:
+            results = _rotate(config, chosen)
     if as_json:
         print_json(results)
     else:
         for result in results:
             _say_rotated(result)
-    if first_problem is not None:
-        raise first_problem
+    for result in results:
+        if "error" in result:
+            raise CLASSES.get(result["code"], NotReady)(result["error"], hint=result["hint"])
+
+
+def _rotate(config: Config, chosen: list[Profile]) -> list[dict[str, Any]]:
+    """Rotate without a daemon."""
+    with owner() as lock, desk(config, lock=lock, mints=chosen) as at:
+        broker = at.broker
+        before = {one.name: broker.slots(one.name).current for one in chosen}
+        for name in before:
+            broker.hurry(name)
+        names = list(before)
+        drive(at, lambda: all(outcomes.rotated_or_failed(broker, n) for n in names), ACT_SECONDS)
+        results = [outcomes.rotated(broker, name, old) for name, old in before.items()]
+        broker.wind_down()
+        drive(at, lambda: False, AFTERWARDS_SECONDS, patience=0)
+        at.pool.close(at_once=True)
+    return results
 
 
 def _not_both(profile: str | None, every: bool) -> None:
@@ -232,12 +262,7 @@ def _not_both(profile: str | None, every: bool) -> None:
         raise click.UsageError("name a profile or give --all, not both")
 
 
-def _rotated_or_failed(at: Desk, profile: Profile) -> bool:
-    slots = at.broker.slots(profile.name)
-    return not slots.rotate or slots.failures > 0
-
-
-def _say_rotated(result: dict[str, object]) -> None:
+def _say_rotated(result: dict[str, Any]) -> None:
     name = result["profile"]
     if "error" in result:
         return
@@ -247,9 +272,11 @@ def _say_rotated(result: dict[str, object]) -> None:
     old = f"{result['replaced']} → " if result["replaced"] else ""
     line = f"{name}: {old}{result['fingerprint']}"
     now = Clock().read().wall
-    if isinstance(ends := result["expires_at"], datetime):
+    if result["expires_at"]:
+        ends = read_time(result["expires_at"])
         line += f", valid until {on_the_clock(ends)} ({in_words(ends - now)})"
-    if isinstance(at := result["revokes_at"], datetime):
+    if result["revokes_at"]:
+        at = read_time(result["revokes_at"])
         line += f"; the old key is revoked at {on_the_clock(at)} (in {in_words(at - now)})"
     print(line)
 
@@ -282,10 +309,7 @@ def revoke_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
         chosen = [config.profile(profile).name]
     for name in chosen:
         if name in config.profiles and not minted(config.profiles[name]) and name not in known:
-            raise SourceInvalid(
-                f"{name}: somebody else keeps its key, which is not ours to revoke",
-                hint="end it where it was made",
-            )
+            raise outcomes.not_ours(name)
     if dry_run:
         doomed = [(name, key) for name in chosen if name in known for key in known[name].keys]
         if as_json:
@@ -299,9 +323,14 @@ def revoke_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
         for name, key in doomed:
             print(f"{name}: {key.fingerprint} at {key.issuer} would be revoked")
         return
-    with owner() as lock, desk(config, lock=lock) as at:
-        results = [_revoke(at, name) for name in chosen]
-        at.pool.close(at_once=True)  # what a gateway that hangs keeps us from is done again
+    with progress("revoking"):
+        socket = daemon_socket()
+        if socket is not None:
+            results = wire.control(socket, "revoke", ACT_SECONDS + 5, profiles=chosen)
+        else:
+            with owner() as lock, desk(config, lock=lock) as at:
+                results = [_revoke(at, name) for name in chosen]
+                at.pool.close(at_once=True)  # what a gateway that hangs keeps us from is done again
     if as_json:
         print_json(results)
     else:
@@ -320,47 +349,16 @@ def revoke_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
         )
 
 
-def _revoke(at: Desk, name: str) -> dict[str, object]:
-    if name not in at.broker.names():
-        return {
-            "profile": name,
-            "revoked": 0,
-            "left": 0,
-            "unsettled": 0,
-            "error": None,
-            "code": None,
-            "hint": None,
-        }
-    count = _ours(at, name)
-    at.broker.end(name, "revoked by request")
-    with progress(f"{name}: revoking"):
-        drive(at, lambda: _revoked_or_denied(at, name), ACT_SECONDS)
+def _revoke(at: Desk, name: str) -> dict[str, Any]:
+    """Revoke without a daemon."""
+    broker = at.broker
+    if name not in broker.names():
+        return {"profile": name, "revoked": 0, "left": 0, "unsettled": 0, "error": None}
+    count = outcomes.ours(broker, name)
+    broker.end(name, "revoked by request")
+    drive(at, lambda: outcomes.revoked_or_denied(broker, name), ACT_SECONDS)
     at.pool.call("cache", "forget", ACT_SECONDS, profile=name)
-    slots = at.broker.slots(name)
-    left = _ours(at, name)
-    trouble = slots.trouble
-    return {
-        "profile": name,
-        "revoked": count - left,
-        "left": left,
-        "unsettled": at.broker.unsettled(name),
-        "error": trouble.message if trouble else None,
-        "code": trouble.code if trouble else None,
-        "hint": trouble.hint if trouble else None,
-    }
-
-
-def _ours(at: Desk, name: str) -> int:
-    return sum(key.lease.revocable for key in at.broker.slots(name).keys)
-
-
-def _revoked_or_denied(at: Desk, name: str) -> bool:
-    """Say whether trying again now would be no use."""
-    slots = at.broker.slots(name)
-    denied = slots.trouble is not None and slots.trouble.code != SourceUnavailable.code
-    keys = [key for key in slots.keys if key.lease.revocable]
-    looked = all(one.looks or one.failures for one in slots.open)
-    return looked and (not keys or (denied and all(key.failures for key in keys)))
+    return outcomes.revoked(broker, name, count)
 
 
 @click.command("sweep")

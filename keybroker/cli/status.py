@@ -3,24 +3,29 @@
 import json
 import os
 import shlex
-import shutil
 import sys
-from collections.abc import Iterator
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import click
 
-from keybroker import rotation
+from keybroker import standing, wire
 from keybroker.audit import Audit
-from keybroker.broker import Broker
-from keybroker.cli.base import coloured, for_profile, in_words, on_the_clock, print_json
-from keybroker.cli.work import Desk, configuration, desk
-from keybroker.config import Profile
+from keybroker.cli.base import (
+    Duration,
+    coloured,
+    for_profile,
+    in_words,
+    on_the_clock,
+    print_json,
+)
+from keybroker.cli.work import configuration, daemon_socket, desk, state
+from keybroker.config import Config
 from keybroker.credential import Phase
-from keybroker.errors import JournalError
-from keybroker.guidance import environment, ttl_reason
-from keybroker.slots import Key, Slots
+from keybroker.errors import JournalError, NobodyAnswers
+
+SECONDS = 12.0
 
 COLOURS = {
     Phase.FRESH: "green",
@@ -32,126 +37,145 @@ COLOURS = {
 }
 
 
+LID = timedelta(hours=8)
+
+
 @click.command("status")
 @for_profile
+@click.option("--watch", is_flag=True, help="Stay, and show every change.")
+@click.option(
+    "--lid", type=Duration(), default=LID, help="How long the lid may be closed, such as 8h."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def status_command(profile: str | None, as_json: bool) -> None:
+def status_command(profile: str | None, watch: bool, lid: timedelta, as_json: bool) -> None:
     """Show every profile's key, what comes next, and the settings.json lines to paste.
 
-    Reads what is on disk; asks no gateway and changes nothing.
+    The daemon is asked; without one, what is on disk is read. Asks no gateway, changes nothing.
     """
     config = configuration()
+    if profile is not None:
+        config.profile(profile)
+    if not watch:
+        found = _standing(config, profile)
+        _show(found, config, profile, lid, as_json=as_json)
+        return
+    socket = daemon_socket()
+    if socket is None:
+        raise NobodyAnswers("no daemon runs", hint="the next `keybroker get` starts one")
+    for found in wire.watch(socket):
+        if sys.stdout.isatty() and not as_json:
+            click.clear()
+        try:
+            _show(found, config, profile, lid, as_json=as_json, briefly=True)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            return
+
+
+def _standing(config: Config, profile: str | None) -> dict[str, Any]:
+    """Return how things stand: from the daemon, else from what is on disk."""
+    socket = daemon_socket()
+    if socket is not None:
+        return {"lost": [], **wire.control(socket, "status", SECONDS)}
     chosen = [config.profile(profile)] if profile else list(config.profiles.values())
     with desk(config, lock=None) as at:
-        failures = _last_failures(at)
-        rows = [_row(at, one, failures.get(one.name)) for one in chosen]
-        left = [] if profile else list(_unconfigured(at.broker, {p.name for p in chosen}))
-        if as_json:
-            print_json({"cache": at.wrap_key.origin, "profiles": rows, "unconfigured": left})
-            return
-        if not rows and not left:
-            config.profile(None)  # says how to configure one
-        _print_table(rows)
-        for row in rows:
-            _print_details(row, at)
-            if len(rows) == 1:
-                _print_settings(row)
-        if len(rows) > 1:
-            print("\nkeybroker status PROFILE prints the settings.json lines of one of them")
-        for one in left:
-            text = "keybroker revoke " + one["profile"]
-            print(
-                f"\n{one['profile']}: is not configured any more, and has {len(one['keys'])} keys"
-            )
-            _print_keys(one["keys"], [])
-            print(f"  end them: {text}")
+        return {
+            "daemon": None,
+            "cache": at.wrap_key.origin,
+            "lost": at.lost,
+            "profiles": standing.rows(at.broker, chosen),
+            "unconfigured": standing.unconfigured(at.broker, config.profiles),
+            "push": None,
+        }
 
 
-def settings(profile: Profile) -> dict[str, Any]:
+def _show(
+    found: dict[str, Any],
+    config: Config,
+    profile: str | None,
+    lid: timedelta,
+    *,
+    as_json: bool,
+    briefly: bool = False,
+) -> None:
+    failures = {} if briefly else _last_failures(state())
+    rows = [row for row in found["profiles"] if profile in (None, row["profile"])]
+    for row in rows:
+        row["last_failure"] = failures.get(row["profile"])
+        row["settings"] = settings(row)
+        row["lid"] = _lid(row, lid)
+    left = [] if profile else found["unconfigured"]
+    if as_json:
+        shown = {name: found[name] for name in ("daemon", "cache", "push")}
+        text = {**shown, "profiles": rows, "unconfigured": left}
+        print_json(text) if not briefly else print(json.dumps(text))
+        return
+    if not rows and not left:
+        config.profile(None)  # says how to configure one
+    _print_daemon(found["daemon"])
+    _print_table(rows)
+    for row in rows:
+        _print_details(row, found)
+        if len(rows) == 1 and not briefly:
+            _print_settings(row)
+    if len(rows) > 1 and not briefly:
+        print("\nkeybroker status PROFILE prints the settings.json lines of one of them")
+    for one in left:
+        text = "keybroker revoke " + one["profile"]
+        print(f"\n{one['profile']}: is not configured any more, and has {len(one['keys'])} keys")
+        _print_keys(one["keys"], [])
+        print(f"  end them: {text}")
+
+
+def _print_daemon(daemon: dict[str, Any] | None) -> None:
+    if daemon is None:
+        print("no daemon runs; the next `keybroker get` starts one\n")
+        return
+    up = in_words(datetime.now().astimezone() - datetime.fromisoformat(daemon["since"]))
+    print(f"daemon {daemon['version']}, process {daemon['pid']}, up {up}, at {daemon['socket']}\n")
+
+
+def _lid(row: dict[str, Any], length: timedelta) -> dict[str, Any]:
+    """Say what becomes of a session while the machine sleeps that long."""
+    if row["fingerprint"] is None or row["phase"] in ("expired", "condemned"):
+        return {"for_s": length.total_seconds(), "safe": False, "why": "there is no key"}
+    if row["expires_at"] is None:
+        return {"for_s": length.total_seconds(), "safe": True, "why": "the key has no end"}
+    ends = datetime.fromisoformat(row["expires_at"])
+    left = ends - datetime.now().astimezone()
+    if left > length:
+        why = f"the key lives until {on_the_clock(ends)}"
+        return {"for_s": length.total_seconds(), "safe": True, "why": why}
+    why = f"the key ends at {on_the_clock(ends)}; after that, the first prompt waits for a new one"
+    return {"for_s": length.total_seconds(), "safe": False, "why": why}
+
+
+def settings(row: dict[str, Any]) -> dict[str, Any]:
     """Return what belongs into Claude Code's settings.json for a profile."""
-    return {
-        "apiKeyHelper": f"exec {_this_program()} get {profile.name}",
-        "env": environment(profile),
-    }
+    return {"apiKeyHelper": helper_line(row["profile"]), "env": row["environment"]}
 
 
-def _this_program() -> str:
-    """Return how a shell runs this keybroker from any folder."""
-    started = os.path.abspath(sys.argv[0])
-    if os.path.basename(started) == "keybroker" and os.access(started, os.X_OK):
-        return shlex.quote(started)
-    if (found := shutil.which("keybroker")) is not None:
-        return shlex.quote(os.path.abspath(found))
-    return shlex.join([sys.executable, "-I", "-c", "from keybroker.cli import main; main()"])
+def helper_line(profile: str) -> str:
+    """
+    Return the line that Claude Code runs for a key.
+
+    `exec`, so that the shell that runs it is gone and the client is the helper's parent; `-`, so
+    that the line is the same on every machine that has keybroker in the same place.
+    """
+    place = os.path.join(os.path.dirname(os.path.dirname(__file__)), "helper.py")
+    quoted = (
+        f"'{word}'" if "'" not in word else shlex.quote(word)
+        for word in (sys.executable, place, profile)
+    )
+    python, helper, name = quoted
+    return f"exec {python} -IS {helper} - {name}"
 
 
-def _row(at: Desk, profile: Profile, failure: dict[str, Any] | None) -> dict[str, Any]:
-    broker, policy = at.broker, profile.policy
-    slots, now = broker.slots(profile.name), broker.now(profile.name)
-    current = slots.current
-    row: dict[str, Any] = {
-        "profile": profile.name,
-        "source": str(profile.issuer),
-        "base_url": profile.base_url,
-        "kind": profile.kind.value,
-        "phase": rotation.phase(slots, policy, now).value,
-        "readable": current is None or broker.credential(profile.name) is not None,
-        "fingerprint": None,
-        "verified": None,
-        "issued_at": None,
-        "expires_at": None,
-        "survives_outage_s": 0.0,
-        "last_failure": failure,
-        "open": [
-            {"label": o.label, "since": o.since, "looks": o.looks, "at": str(o.issuer)}
-            for o in slots.open
-        ],
-        "retired": [_key(k) for k in slots.retired],
-        "settings": settings(profile),
-        "ttl_reason": ttl_reason(profile),
-        "warnings": list(profile.warnings),
-    }
-    if current is not None:
-        ends = current.lease.expires_at
-        row.update(
-            fingerprint=current.fingerprint,
-            verified=current.verified,
-            issued_at=current.lease.issued_at,
-            expires_at=ends,
-            survives_outage_s=None if ends is None else max(0.0, (ends - now).total_seconds()),
-        )
-    step, when = _next(slots, profile, now)
-    row["next"], row["next_at"] = step, when
-    return row
-
-
-def _next(slots: Slots, profile: Profile, now: datetime) -> tuple[str, datetime | None]:
-    """Say what the rule would do next, and when: at a later command, since no daemon runs."""
-    step = rotation.next_step(slots, profile.policy, now)
-    if not isinstance(step, rotation.Wait):
-        return _WORDS[type(step)], now
-    if step.until is None:
-        return "none", None
-    later = rotation.next_step(slots, profile.policy, step.until)
-    return _WORDS.get(type(later), "none"), step.until
-
-
-_WORDS: dict[type, str] = {
-    rotation.Issue: "mint a new key",
-    rotation.Poll: "read the source",
-    rotation.Verify: "verify",
-    rotation.Publish: "publish the new key",
-    rotation.Retire: "retire",
-    rotation.Revoke: "revoke the old key",
-    rotation.Settle: "look up an unfinished call",
-}
-
-
-def _last_failures(at: Desk) -> dict[str, dict[str, Any]]:
+def _last_failures(where: Path) -> dict[str, dict[str, Any]]:
     """Return each profile's last failure, unless something worked after it."""
     last: dict[str, dict[str, Any]] = {}
     try:
-        lines = Audit(at.state).read()
+        lines = Audit(where).read()
     except JournalError as error:
         print(f"keybroker: {error.message}", file=sys.stderr)
         return {}
@@ -163,37 +187,19 @@ def _last_failures(at: Desk) -> dict[str, dict[str, Any]]:
     return last
 
 
-def _key(key: Key) -> dict[str, Any]:
-    return {
-        "fingerprint": key.fingerprint,
-        "label": key.label,
-        "at": str(key.issuer),
-        "why": key.why,
-        "revoke_at": key.revoke_at,
-        "expires_at": key.lease.expires_at,
-    }
-
-
-def _unconfigured(broker: Broker, known: set[str]) -> Iterator[dict[str, Any]]:
-    for name in broker.names():
-        slots = broker.slots(name)
-        if name not in known and (slots.keys or slots.open):
-            yield {"profile": name, "keys": [_key(key) for key in slots.keys]}
-
-
 def _print_table(rows: list[dict[str, Any]]) -> None:
     if not rows:
         return
     now = datetime.now().astimezone()
     table = [("PROFILE", "KEY", "PHASE", "VERIFIED", "AGE", "ENDS IN", "NEXT")]
     for row in rows:
-        age = in_words(now - row["issued_at"]) if row["issued_at"] else "-"
-        ends = in_words(row["expires_at"] - now) if row["expires_at"] else "-"
+        age = in_words(now - _time(row["issued_at"])) if row["issued_at"] else "-"
+        ends = in_words(_time(row["expires_at"]) - now) if row["expires_at"] else "-"
         if row["fingerprint"] and not row["expires_at"]:
             ends = "no end"
         when = ""
         if row["next_at"] is not None:
-            wait = row["next_at"] - now
+            wait = _time(row["next_at"]) - now
             when = " now" if wait <= timedelta(0) else f" in {in_words(wait)}"
         table.append(
             (
@@ -214,21 +220,27 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         print("  ".join(cells).rstrip())
 
 
-def _print_details(row: dict[str, Any], at: Desk) -> None:
+def _print_details(row: dict[str, Any], found: dict[str, Any]) -> None:
     print(f"\n{row['profile']}: {row['source']}, {row['kind']}")
-    print(f"  kept by      {at.wrap_key.origin}")
-    for text in at.lost:
+    print(f"  kept by      {found['cache']}")
+    for text in found.get("lost", ()):
         print(f"  cache        {text}")
     if row["survives_outage_s"]:
         length = timedelta(seconds=row["survives_outage_s"])
-        ends = on_the_clock(row["expires_at"])
+        ends = on_the_clock(_time(row["expires_at"]))
         print(f"  survives     a gateway outage of {in_words(length)}, until {ends}")
+    lid = row["lid"]
+    answer = "yes" if lid["safe"] else "no"
+    print(f"  lid closed   for {in_words(timedelta(seconds=lid['for_s']))}: {answer}, {lid['why']}")
     if row["last_failure"]:
-        moment = datetime.fromisoformat(row["last_failure"]["at"])
+        moment = _time(row["last_failure"]["at"])
         print(f"  last failure {on_the_clock(moment)}  {row['last_failure']['message']}")
     _print_keys(row["retired"], row["open"])
     for text in row["warnings"]:
         print(f"  warning      {text}")
+    push = found.get("push") or {"off": {}}
+    for file, reason in push["off"].items():
+        print(f"  not touched  {file} {reason}; sessions that watch it take a new key later")
 
 
 def _print_settings(row: dict[str, Any]) -> None:
@@ -248,15 +260,21 @@ def _print_keys(keys: list[dict[str, Any]], opened: list[dict[str, Any]]) -> Non
     for key in keys:
         when = "to be revoked"
         if key["revoke_at"] is not None:
-            wait = key["revoke_at"] - now
+            wait = _time(key["revoke_at"]) - now
             when = "revocation due" if wait <= timedelta(0) else f"revoked in {in_words(wait)}"
-            when += f" ({on_the_clock(key['revoke_at'])})"
-        ends = f", ends by itself {on_the_clock(key['expires_at'])}" if key["expires_at"] else ""
+            when += f" ({on_the_clock(_time(key['revoke_at']))})"
+        ends = ""
+        if key["expires_at"]:
+            ends = f", ends by itself {on_the_clock(_time(key['expires_at']))}"
         why = f", {key['why']}" if key["why"] else ""
         print(f"  retired      {key['fingerprint']}  {when}{why}{ends}")
     for one in opened:
-        since = f"since {on_the_clock(one['since'])}, {one['looks']} looks"
+        since = f"since {on_the_clock(_time(one['since']))}, {one['looks']} looks"
         print(f"  unfinished   {one['label']}  {since}")
+
+
+def _time(text: str) -> datetime:
+    return datetime.fromisoformat(text)
 
 
 def _quoted(text: str) -> str:
