@@ -10,8 +10,8 @@ fifth of what the interpreter takes. What it loads was compiled once: so `asking
 """
 
 import sys
+from _frozen_importlib_external import SourceFileLoader  # importlib.machinery's, already loaded
 
 if __name__ == "__main__":
     place = __file__.removesuffix("helper.py") + "asking.py"
-    loader = type(__loader__)("__main__", place)  # type: ignore[name-defined]  # -IS has no importlib
-    loader.exec_module(sys.modules["__main__"])
+    SourceFileLoader("__main__", place).exec_module(sys.modules["__main__"])
