@@ -106,7 +106,7 @@ class Answers:
             if found is None:
                 return None
         session = identify(asked.pid)
-        if asked.directory and self._files.name(asked.directory):
+        if asked.ttl_ms and asked.directory and self._files.name(asked.directory):
             self.named = True
         if asked.ttl_ms and session is not None and self._suspicious(asked, name, session, found):
             return None

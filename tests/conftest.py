@@ -7,11 +7,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from hypothesis import settings
 
+from tests.resident import Home as Home
+from tests.resident import Resident
 from tests.servers import claude
 from tests.servers.keyring import Keyring
 from tests.servers.litellm import LiteLLM
@@ -19,13 +20,6 @@ from tests.servers.litellm import LiteLLM
 # A busy machine is no failure, and what was tried before is not kept in the checkout.
 settings.register_profile("keybroker", deadline=None, database=None)
 settings.load_profile("keybroker")
-
-
-class Home(NamedTuple):
-    """A user's folder, short enough for a socket below it, and the environment of that user."""
-
-    path: Path
-    environment: dict[str, str]
 
 
 @pytest.fixture
@@ -48,6 +42,14 @@ def home() -> Iterator[Home]:
             (path / below).mkdir(mode=0o700, parents=True)
             environment[name] = str(path / below)
         yield Home(path, environment)
+
+
+@pytest.fixture
+def resident(home: Home) -> Iterator[Resident]:
+    """A daemon that is not configured or started yet; it is ended with the test."""
+    one = Resident(home)
+    yield one
+    one.stop()
 
 
 @pytest.fixture(scope="session")
