@@ -166,10 +166,11 @@ def main(arguments: list[str], environment: dict[bytes, bytes]) -> int:
     reply = read_reply(found)
     if reply is None:
         return _become_get([] if profile == "-" else [profile])
-    return _say(reply[1], reply[0]) if reply[0] else _print(found[3:] + b"\n")
+    return _say(reply[1], reply[0]) if reply[0] else put(found[3:] + b"\n")
 
 
-def _print(key: bytes) -> int:
+def put(key: bytes) -> int:
+    """Print a key's line, whole; return the exit status."""
     until = time.monotonic() + FIRST_SECONDS
     while key:
         try:

@@ -63,6 +63,7 @@ def test_the_smallest_profile_has_every_default() -> None:
         "headers": {},
         "ca": None,
         "anthropic_key": False,
+        "push": True,
         "max_live": 4,
         "type": "litellm",
         "source": {

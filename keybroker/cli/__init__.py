@@ -1,10 +1,35 @@
 """Words for people; one module a group of commands, imported when it is typed."""
 
+import os
 import sys
 
 
 def main() -> None:
     """The console script: errors become one line on stderr and a documented exit status."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["get"] and not any(word.startswith("-") for word in arguments):
+        status = _ask_daemon(arguments[1:])
+        if status is not None:
+            sys.exit(status)
     from keybroker.cli.base import run
 
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run(arguments))
+
+
+def _ask_daemon(profile: list[str]) -> int | None:
+    """Print a key that is ready, in a fraction of what the commands take to load."""
+    from keybroker import asking
+
+    name = profile[0].encode("utf-8", "replace") if profile else b"-"
+    if len(profile) > 1 or not (name == b"-" or asking.is_name(name)):
+        return None
+    environment = dict(os.environb)
+    try:
+        reply = asking.read_reply(
+            asking.ask(asking.find(environment), asking.request(name, environment))
+        )
+    except OSError:
+        return None
+    if reply is None or reply[0] != 0:
+        return None
+    return asking.put(f"{reply[1]}\n".encode())
