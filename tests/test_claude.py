@@ -101,7 +101,7 @@ class User:
 
     def get(self) -> str:
         """Be handed a key; its SHA-256, by which the database and the recorder know it."""
-        done = self.run("get", "work")
+        done = self.run("get", "--no-start", "work")
         assert (done.rc, done.stderr) == (0, "")
         return sha256(done.stdout.removesuffix("\n"))
 
@@ -352,7 +352,7 @@ def test_a_key_that_comes_half_a_minute_late_is_found(user: User) -> None:
         user.configure(lifetime="40s", hold="10s", base_url=faults.url)
         late = CommitLate((deadline + late_by).total_seconds())
         armed = faults.next(late, method="POST", path="/key/generate")
-        first = user.run("get", "work")
+        first = user.run("get", "--no-start", "work")
         [opened] = user.status()["open"]
 
         def found() -> bool:
@@ -381,7 +381,7 @@ def test_ten_at_once_mint_one_key(user: User) -> None:
     """Ten who find nothing are handed the same key, and it is the only one."""
     user.configure(lifetime="60s", hold="3s")
 
-    started = [user.start("get", "work") for _ in range(10)]
+    started = [user.start("get", "--no-start", "work") for _ in range(10)]
     said = [process.communicate(timeout=60) for process in started]
 
     assert {process.returncode for process in started} == {0}

@@ -65,7 +65,7 @@ def _done(line: str) -> str:
             return f"write {event[1] if event else 'first line'}"
         if where == "draft":
             return "write draft"
-        return "answer" if given.startswith("1<pipe:") else ""
+        return "answer" if given.startswith("1<socket:") else ""
     if call in ("fsync", "fdatasync"):
         return f"sync {where}"
     if call.startswith("rename"):

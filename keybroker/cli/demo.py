@@ -96,7 +96,7 @@ class _Stage:
             while time.monotonic() < until:
                 if time.monotonic() - asked_at >= REFRESH_SECONDS:
                     asked_at = time.monotonic()
-                    key = self.run("get", "demo").strip()
+                    key = self.run("get", "--no-start", "demo").strip()
                 status = client.post(
                     "/v1/messages",
                     headers={"x-api-key": key, "anthropic-version": "2023-06-01"},
@@ -173,6 +173,7 @@ def _stage() -> Iterator[_Stage]:
             "PATH": os.environ.get("PATH", os.defpath),
             "HOME": str(folder),
             "XDG_STATE_HOME": str(folder / "state"),
+            "XDG_RUNTIME_DIR": str(folder / "run"),
             "KEYBROKER_CONFIG": str(file),
         }
         yield _Stage(gateway, folder, environment)
@@ -184,7 +185,7 @@ def _keep(stage: _Stage) -> None:
         f"{k}={shlex.quote(v)}" for k, v in stage.environment.items() if k != "PATH"
     )
     settings = {
-        "apiKeyHelper": f"env {variables} {shlex.join(COMMAND)} get demo",
+        "apiKeyHelper": f"env {variables} {shlex.join(COMMAND)} get --no-start demo",
         "env": {
             "ANTHROPIC_BASE_URL": stage.url,
             "CLAUDE_CODE_API_KEY_HELPER_TTL_MS": "1000",
