@@ -25,8 +25,8 @@ class Audit:
 
     def __init__(self, state: Path, disk: Disk | None = None) -> None:
         self.path = state / AUDIT
-        self._disk = disk
-        self._chain = Chain(self.path, "audit", disk)
+        self._disk = disk or Disk()
+        self._chain = Chain(self.path, "audit", self._disk)
 
     def write(self, at: datetime, event: str, profile: str, **facts: str | int) -> None:
         """Add a line: what happened to which fingerprint, and who asked."""
@@ -53,8 +53,16 @@ class Audit:
         return [line for path in self.files() for line in Chain(path, "audit", self._disk).read()]
 
     def _rotate(self) -> None:
-        if not self.path.exists() or self.path.stat().st_size < LARGEST:
+        if not self._is_full():
             return
+        with self._disk.lock(self.path):  # else another process might be about to add a line
+            if self._is_full():
+                self._begin_another()
+
+    def _is_full(self) -> bool:
+        return self.path.exists() and self.path.stat().st_size >= LARGEST
+
+    def _begin_another(self) -> None:
         for number in range(KEPT, 1, -1):
             newer = self.path.with_name(f"{AUDIT}.{number - 1}")
             if newer.exists():

@@ -96,6 +96,31 @@ def test_a_large_file_is_set_aside(tmp_path: Path) -> None:
     assert numbers[0] > 0
 
 
+WRITER = """
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from keybroker import audit
+
+audit.LARGEST = 2000
+log = audit.Audit(Path(sys.argv[1]))
+for number in range(200):
+    log.write(datetime(2026, 11, 21, tzinfo=UTC), "given", "work", pid=number)
+"""
+
+
+def test_processes_that_write_at_once_agree_when_a_file_is_full(tmp_path: Path) -> None:
+    """The daemon and its workers set it aside between lines: each file is whole, none is lost."""
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    writers = [subprocess.Popen(command) for _ in range(3)]
+    assert [one.wait(30) for one in writers] == [0, 0, 0]
+    audit = Audit(tmp_path)
+
+    assert audit.read()
+    assert len(audit.files()) == KEPT + 1
+    assert all(one.stat().st_size >= 2000 for one in audit.files()[:-1])
+
+
 def test_a_tampered_line_in_an_older_file_is_named(tmp_path: Path) -> None:
     """Each file's chain is checked."""
     audit = Audit(tmp_path)
