@@ -132,8 +132,9 @@ class Pool:
             now = time.monotonic()
             answers = [a for worker in self._workers.values() for a in worker.overdue(now)]
             limit = self.limit
-            if not answers and limit is not None:
-                for key, _ in self._selector.select(max(0.0, min(until, limit) - now)):
+            if not answers:  # where nobody owes an answer, one that idled away is still read
+                patience = 0.0 if limit is None else max(0.0, min(until, limit) - now)
+                for key, _ in self._selector.select(patience):
                     answers += key.data.read()
             self._tidy()
             if answers or limit is None or time.monotonic() >= until:

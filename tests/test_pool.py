@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import time
 from collections.abc import Iterator
@@ -136,6 +137,8 @@ def test_descriptors_are_given_back(obeying: Pool) -> None:
     for _ in range(10):
         obeying.send("litellm", "forget", LIMIT, profile="os._exit(3)")
         assert [answer.records for answer in obeying.receive(LIMIT)] == [None]
+    while obeying.limit is not None:  # the last one is still ending
+        assert obeying.receive(LIMIT) == []
     assert descriptors() == before
 
 
@@ -152,17 +155,17 @@ def test_a_worker_that_died_leaves_an_unknown_outcome(obeying: Pool) -> None:
     assert pid(obeying) > 0
 
 
-def test_every_request_of_a_dead_worker_is_answered(obeying: Pool) -> None:
-    """Those that it did, as it did them; those that it was at or never began, as unknown."""
-    asked = [
-        obeying.send("litellm", "forget", LIMIT, profile=what)
-        for what in ("pass", "os._exit(0)", "pass")
-    ]
+def test_every_request_of_a_dead_worker_is_answered(obeying: Pool, state: Path) -> None:
+    """Those that it was at or had ahead as unknown; what it was not given, by another."""
+    os.mkfifo(state / "go")
+    wait = f"os.close(os.open({str(state / 'go')!r}, os.O_RDONLY)); os._exit(0)"
+    asked = [obeying.send("litellm", "forget", LIMIT, profile=what) for what in (wait, "1", "2")]
+    os.close(os.open(state / "go", os.O_WRONLY))
     answers: list[Answer] = []
     while len(answers) < 3:
         answers += obeying.receive(LIMIT)
     assert [answer.id for answer in answers] == asked
-    assert [answer.records is None for answer in answers] == [False, True, True]
+    assert [answer.records is None for answer in answers] == [True, True, False]
 
 
 def test_half_an_answer_is_none(obeying: Pool) -> None:
@@ -363,3 +366,17 @@ def test_a_message_has_values_in_the_words_of_the_journal() -> None:
     assert pool._encode(timedelta(minutes=1)) == 60.0
     assert pool._encode(START) == "2026-11-21T12:00:00.000000Z"
     assert (pool._encode(None), pool._encode("x"), pool._encode(True)) == (None, "x", True)
+
+
+def test_a_worker_that_idled_away_leaves_nothing_to_read(obeying: Pool) -> None:
+    """A loop that watches `fileno` reads the end of an idle worker, and is woken by it once."""
+    first = pid(obeying)
+    assert select.select([obeying.fileno()], [], [], 0.0)[0] == []
+    os.kill(first, signal.SIGKILL)
+    wait_until_over(first)
+
+    assert select.select([obeying.fileno()], [], [], LIMIT)[0] == [obeying.fileno()]
+    assert obeying.receive(0.0) == []
+    assert select.select([obeying.fileno()], [], [], 0.0)[0] == []
+    assert gone(first)
+    assert obeying.limit is None
