@@ -1,10 +1,11 @@
 """Accept, check the peer, read one line, answer, close: all inline, since most is over at once.
 
-Who is late with its line, or has to wait for its answer, is a client with a deadline. What is
-answered is somebody else's business.
+Who is late with its line, or with taking its answer, is a client with a deadline, and makes room
+when there is none. What is answered is somebody else's business.
 """
 
 import _socket
+import errno
 import selectors
 import sys
 import time
@@ -13,8 +14,9 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-LATE_SECONDS = 2.0  # to write the request, once connected
+LATE_SECONDS = 2.0  # to write the request, once connected; to take the next piece of an answer
 MOST_CLIENTS = 4096  # late and waiting ones together; the oldest late one makes room
+OURS = 64  # files that may be open beside the clients: journal, workers, what is listened at
 PAUSE_SECONDS = 0.1  # without accepting, when there was no room for one more open file
 BATCH = 256  # accepted in a row, before anything else gets its turn
 LONGEST = 1024
@@ -39,10 +41,25 @@ def peer_uid(connection: _socket.socket) -> int:
     return int.from_bytes(found[at : at + 4], sys.byteorder) if len(found) == size else -1
 
 
+def room() -> int:
+    """Return for how many clients there is room among the files that this process may open."""
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit == resource.RLIM_INFINITY:
+        return MOST_CLIENTS
+    return min(MOST_CLIENTS, max(limit - OURS, limit // 2))
+
+
+def is_whole(line: bytes) -> bool:
+    """Say whether a request can be answered, if only with what is wrong with it."""
+    return b"\n" in line or len(line) > LONGEST
+
+
 class Client:
     """One connection that was not over at once."""
 
-    __slots__ = ("_connection", "_heard", "_server", "_unsent", "closed", "ends", "uid")
+    __slots__ = ("_connection", "_heard", "_server", "_unsent", "asked", "closed", "ends", "uid")
 
     def __init__(
         self, server: "Server", connection: _socket.socket, uid: int, heard: bytes
@@ -52,6 +69,7 @@ class Client:
         self.uid = uid
         self._heard = heard
         self._unsent = b""
+        self.asked = False  # its line is complete
         self.ends = False  # when all is sent
         self.closed = False
 
@@ -73,10 +91,14 @@ class Client:
             self.close()
         elif self._unsent:
             self._server.expect(self, self._connection, selectors.EVENT_WRITE)
+            if self.ends:
+                self._server.hurry(self)
 
-    def ready(self, events: int) -> None:
+    def ready(self, events: int = 0) -> None:
         """Go on: the rest of a request, of an answer, or the other side's end."""
-        if events & selectors.EVENT_WRITE:
+        if self.closed:  # a moment ago, to make room
+            return
+        if self._unsent:
             data, self._unsent = self._unsent, b""
             self._server.expect(self, self._connection, selectors.EVENT_READ)
             self.send(data)
@@ -87,12 +109,12 @@ class Client:
             return
         except OSError:
             piece = b""
-        if not piece:
+        self._heard += piece
+        if not piece or self.asked:  # there is one request a connection
             self.close()
-        elif self in self._server.late:
-            self._heard += piece
-            if self._heard.endswith(b"\n") or len(self._heard) > LONGEST:
-                self._server.heard(self, self._heard)
+        elif is_whole(self._heard):
+            self.asked = True
+            self._server.heard(self, self._heard)
 
     def close(self) -> None:
         """End it; it may have been ended before."""
@@ -112,6 +134,7 @@ class Server:
         at_once: Answers a request line, or returns None for one that takes time.
         later: Takes over a client with such a request.
         stranger: Told of a uid that was turned away.
+        most: Clients at a time; None: see `room`. Three quarters of them may wait for an answer.
     """
 
     def __init__(
@@ -122,6 +145,7 @@ class Server:
         at_once: Handle,
         later: Callable[[bytes, Client], None],
         stranger: Callable[[int], None] = lambda uid: None,
+        most: int | None = None,
     ) -> None:
         self._listeners = list(listeners)
         self._selector = selector
@@ -129,25 +153,29 @@ class Server:
         self._at_once = at_once
         self._later = later
         self._stranger = stranger
+        self._most = room() if most is None else most
         self._clients: set[Client] = set()
         self.late: dict[Client, float] = {}  # its deadline; the oldest first
-        self._paused = False  # there was no room for one more
+        self._resumes_at: float | None = None  # there was no room for one more
         self._resume()
 
     @property
     def due(self) -> float | None:
         """When, by the monotonic clock, `tidy` has something to do."""
-        if self._paused:
-            return time.monotonic() + PAUSE_SECONDS
-        return next(iter(self.late.values()), None)
+        first = next(iter(self.late.values()), None)
+        if self._resumes_at is None or (first is not None and first < self._resumes_at):
+            return first
+        return self._resumes_at
 
     def tidy(self, now: float) -> None:
         """Part with who is too late, and listen again if that had to be stopped."""
-        for client, deadline in list(self.late.items()):
+        while self.late:
+            client, deadline = next(iter(self.late.items()))
             if deadline > now:
                 break
             client.close()
-        if self._paused:
+        if self._resumes_at is not None and now >= self._resumes_at:
+            self._resumes_at = None
             self._resume()
 
     def replace(self, listener: _socket.socket) -> None:
@@ -158,7 +186,9 @@ class Server:
 
     def stop(self) -> None:
         """Accept nobody any more; those who wait still get their answer."""
-        self._pause()
+        if self._resumes_at is None:
+            self._pause()
+        self._resumes_at = None
         for listener in self._listeners:
             listener.close()
         self._listeners = []
@@ -175,6 +205,11 @@ class Server:
         """Have a client's `ready` called at its next event."""
         self._selector.modify(connection, events, client.ready)
 
+    def hurry(self, client: Client) -> None:
+        """Give a client so long from now on, and no longer."""
+        self.late.pop(client, None)
+        self.late[client] = time.monotonic() + LATE_SECONDS
+
     def heard(self, client: Client, line: bytes) -> None:
         """Answer a client whose line is complete."""
         self.late.pop(client, None)
@@ -182,7 +217,7 @@ class Server:
         if reply is not None:
             client.send(reply, last=True)
         else:
-            self._later(line, client)
+            self._hand_over(line, client)
 
     def forget(self, client: Client, connection: _socket.socket) -> None:
         """Expect nothing more of a client."""
@@ -194,16 +229,12 @@ class Server:
     # accepting
 
     def _resume(self) -> None:
-        self._paused = False
         for listener in self._listeners:
             self._selector.register(listener, selectors.EVENT_READ, partial(self._accept, listener))
 
     def _pause(self) -> None:
-        """Accept nobody for a while."""
-        if not self._paused:
-            self._paused = True
-            for listener in self._listeners:
-                self._selector.unregister(listener)
+        for listener in self._listeners:
+            self._selector.unregister(listener)
 
     def _accept(self, listener: _socket.socket, events: int) -> None:
         accept: Callable[[], tuple[int, Any]] = listener._accept  # type: ignore[attr-defined]
@@ -212,10 +243,13 @@ class Server:
                 descriptor, _ = accept()
             except BlockingIOError:
                 return
-            except OSError:  # no room for more open files
-                self._make_room(BATCH)
-                self._pause()
-                return
+            except OSError as error:
+                # There is no room for one more open file, unless it had gone again.
+                if error.errno != errno.ECONNABORTED and not self._make_room():
+                    self._pause()
+                    self._resumes_at = time.monotonic() + PAUSE_SECONDS
+                    return
+                continue
             connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, descriptor)
             uid = peer_uid(connection)
             if uid not in self._uids:
@@ -237,33 +271,45 @@ class Server:
 
     def _begin(self, connection: _socket.socket, uid: int, line: bytes) -> None:
         """Answer inline if that is possible; most requests never become a client."""
-        whole = line.endswith(b"\n") or len(line) > LONGEST
-        if whole:
-            reply = self._at_once(line, uid)
-            if reply is not None:
-                try:
-                    sent = connection.send(reply, _NO_WAIT)
-                except OSError:  # it did not wait
-                    sent = len(reply)
-                if sent == len(reply):
-                    connection.close()
-                    return
-                reply = reply[sent:]
-        self._make_room(len(self._clients) - MOST_CLIENTS + 1)
-        if len(self._clients) >= MOST_CLIENTS:
+        whole = is_whole(line)
+        reply = self._at_once(line, uid) if whole else None
+        if reply is not None:
+            try:
+                sent = connection.send(reply, _NO_WAIT)
+            except OSError:  # it did not wait
+                sent = len(reply)
+            if sent == len(reply):
+                connection.close()
+                return
+            reply = reply[sent:]
+        if len(self._clients) >= self._most and not self._make_room():
             connection.close()
             return
         client = Client(self, connection, uid, line)
         self._clients.add(client)
         self._selector.register(connection, selectors.EVENT_READ, client.ready)
-        if not whole:
-            self.late[client] = time.monotonic() + LATE_SECONDS
-        elif reply is None:
-            self._later(line, client)
-        else:
+        if reply is not None:
+            client.asked = True
             client.send(reply, last=True)
+        elif whole:
+            client.asked = True
+            self._hand_over(line, client)
+        else:
+            self.hurry(client)
 
-    def _make_room(self, count: int) -> None:
-        """End the oldest of those that have not said a whole line."""
-        for client in list(self.late)[: max(0, count)]:
-            client.close()
+    def _hand_over(self, line: bytes, client: Client) -> None:
+        if len(self._clients) - len(self.late) > self._most * 3 // 4:
+            client.close()  # or nobody would be heard any more
+        else:
+            self._later(line, client)
+
+    def _make_room(self) -> bool:
+        """End the oldest client that is late; who has said its line by now is answered instead."""
+        while self.late:
+            client = next(iter(self.late))
+            client.ready()
+            if client in self.late:
+                client.close()
+            if client.closed:
+                return True
+        return False
