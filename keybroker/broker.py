@@ -544,6 +544,7 @@ class Broker:
             if not left:
                 at_work.ending = ""
         # A key whose secret is nowhere cannot be handed out: its readers get their hold.
+        locked_away = False
         for key in (slots.next, slots.current):
             if key is not None and key.label not in at_work.secrets:
                 locked = at_work.profile is not None and (
@@ -553,6 +554,7 @@ class Broker:
                     return rotation.Retire(key.label, _why_lost(at_work))
                 if key.not_before is not None:
                     put_off.append(key.not_before)
+                locked_away = locked_away or locked
                 slots = without(slots, key.label)
                 policy = replace(policy, max_live=policy.max_live - 1)
         if slots.current is not None and self._doubtful(at_work):
@@ -567,6 +569,8 @@ class Broker:
         may_issue = (
             at_work.name in self._mints and not at_work.resting and not self._cannot_keep(at_work)
         )
+        if locked_away:  # the key is handed out once it can be read: no other, unless one is needed
+            may_issue = may_issue and (at_work.asked or slots.rotate)
         step = rotation.next_step(slots, policy, now)
         if isinstance(step, rotation.Poll) and at_work.name not in self._mints:
             read = replace(slots, polled_at=now, rotate=False)

@@ -118,6 +118,7 @@ class Host:
         wrap_key: Secret | None = WRAP_KEY,
         mints: Container[str] | None = None,
         keeps: bool = False,
+        locked: Container[str] = (),
     ) -> Broker:
         """Start a process that knows these profiles; journal and cache are all that it has."""
         operations = worker.Operations(
@@ -145,12 +146,23 @@ class Host:
             instance="0a1b2c3d",
             wrap_key=wrap_key,
             keeps=keeps,
+            locked=locked,
             mints={one.name for one in profiles} if mints is None else mints,
             clock=self.time,
             roll=lambda: 0.5,
             reread=journal.read,
         )
         return self.broker
+
+    def unlock(self, *profiles: Profile) -> None:
+        """Have the running process read the cache: its keyring is open now."""
+        sealed = {}
+        for one in profiles:
+            message = {"id": 0, "op": "load", "profile": one.name, "wrap_key": WRAP_KEY.reveal()}
+            reply = worker.answer(self.workers.operations, message)
+            if (found := Sealed.read(reply["ok"]["cached"])) is not None:
+                sealed[one.name] = found
+        self.broker.unlock(WRAP_KEY, "OS keyring", sealed)
 
     def _build(self, profile: Profile, environment: Mapping[str, str]) -> object:
         if profile.kind is Kind.FOLLOWED:
@@ -251,6 +263,62 @@ def test_nothing_is_minted_that_cannot_be_kept(host: Host) -> None:
     assert host.gateway().mints == []
     host.start(at(ONE), wrap_key=None, keeps=True)
     assert host.ask() is not None
+
+
+def test_a_daemon_behind_a_locked_keyring_keeps_the_sealed_key(host: Host) -> None:
+    """Nobody asks, so nothing is minted or given up; once it is open, the same key is there."""
+    first = minted(host)
+    host.start(at(ONE), wrap_key=None, keeps=True, locked=["work"])
+    host.run(2 * HOLD)
+    assert host.journal.retired == ()
+    assert len(host.gateway().mints) == 1
+
+    host.unlock(at(ONE))
+
+    assert host.ask() == first
+    assert host.gateway().keys[first].revoked is None
+
+
+def test_who_asks_behind_a_locked_keyring_gets_a_key_of_the_moment(host: Host) -> None:
+    """It is kept in memory; the sealed one has its hold. Once it is open, the new one is sealed."""
+    first = minted(host)
+    host.start(at(ONE), wrap_key=None, keeps=True, locked=["work"])
+    host.run(MINUTE)
+    assert host.ask() is None
+    host.broker.ask("work")
+    second = host.ask()
+    asked_at = host.time.true
+    assert second not in (None, first)
+
+    host.unlock(at(ONE))
+    host.run(HOLD + MINUTE)
+
+    assert host.ask() == second
+    revoked = host.gateway().keys[first].revoked
+    assert revoked is not None
+    assert revoked >= asked_at + HOLD - 1
+    host.start(at(ONE))
+    assert host.ask() == second
+
+
+def test_a_key_of_the_moment_that_was_lost_is_given_up_once_that_is_known(host: Host) -> None:
+    """It was in the memory of a process that died; while the keyring is locked it may be sealed."""
+    minted(host)
+    host.start(at(ONE), wrap_key=None, keeps=True, locked=["work"])
+    host.run(MINUTE)
+    host.broker.ask("work")
+    second = host.ask()
+    assert second is not None
+    host.start(at(ONE), wrap_key=None, keeps=True, locked=["work"])
+    host.run(2 * HOLD)
+    assert host.gateway().keys[second].revoked is None
+
+    host.unlock(at(ONE))
+    third = host.ask()
+    host.run(HOLD + MINUTE)
+
+    assert third not in (None, second)
+    assert host.gateway().keys[second].revoked is not None
 
 
 # clocks
