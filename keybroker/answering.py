@@ -91,7 +91,11 @@ class Answers:
             return wire.error_line(_other_version())
         except ValueError:
             return wire.error_line(NobodyAnswers("the daemon was asked in words it does not know"))
-        if isinstance(asked, dict) or self.broker is None:
+        if isinstance(asked, dict):
+            return None
+        if asked.ttl_ms and asked.directory and self._files.name(asked.directory):
+            self.named = True
+        if self.broker is None:
             return None
         name = asked.profile
         if name not in self.config.profiles:
@@ -106,8 +110,6 @@ class Answers:
             if found is None:
                 return None
         session = identify(asked.pid)
-        if asked.ttl_ms and asked.directory and self._files.name(asked.directory):
-            self.named = True
         if asked.ttl_ms and session is not None and self._suspicious(asked, name, session, found):
             return None
         return self._give(name, found, session, uid, now)

@@ -29,7 +29,7 @@ from keybroker.journal import decode_issuer, decode_lease
 from keybroker.label import new_label
 from keybroker.pool import Answer
 from keybroker.rotation import Kind, Policy
-from keybroker.slots import Event, Key, Record, Slots, Trouble, fold, replay, without
+from keybroker.slots import Event, Key, Record, Slots, Trouble, change, fold, replay, without
 from keybroker.values import dataclass, field, replace
 
 EXTRA_SECONDS = 4.0  # a worker's hard timer beyond its calls' own deadlines
@@ -222,6 +222,12 @@ class Broker:
             replace(slots, open=()), policy, now
         )
 
+    def full(self, name: str) -> bool:
+        """Say whether nothing can be minted because the most keys allowed may be alive."""
+        at_work = self._profiles[name]
+        live = rotation.live(at_work.slots, at_work.policy, self.now(name))
+        return at_work.busy is None and live >= at_work.policy.max_live
+
     def hurry(self, name: str) -> None:
         """Ask for a new key at once."""
         at_work = self._profiles[name]
@@ -234,7 +240,7 @@ class Broker:
         Note that somebody waits for a key that is not there.
 
         A call that failed is tried again sooner than it would be, unless the server wished
-        otherwise or denied it.
+        otherwise or denied it; so is a look at a key that the clocks disagree about.
         """
         at_work = self._profiles[name]
         at_work.asked = True
@@ -243,6 +249,11 @@ class Broker:
         if put_off is not None and at_work.tried_at is not None and not at_work.patient:
             sooner = min(put_off, at_work.tried_at + ASKED_AGAIN)
             at_work.slots = replace(at_work.slots, not_before=sooner)
+        current = at_work.slots.current
+        if at_work.doubt and current is not None and current.not_before is not None:
+            soon = self._plan_time(at_work, self._clock.read()) + ASKED_AGAIN
+            look = replace(current, not_before=min(current.not_before, soon))
+            at_work.slots = change(at_work.slots, look)
         self._change(at_work)
 
     def check(self, name: str) -> None:
@@ -258,8 +269,9 @@ class Broker:
         at_work = self._profiles[name]
         if at_work.check or (at_work.busy and isinstance(at_work.busy[1], rotation.Verify)):
             return False
-        current = at_work.slots.current
-        return (current is not None and current.refused_at is None) or self.settled(name)
+        slots = at_work.slots
+        good = slots.current is None or slots.current.refused_at is None
+        return good or slots.failures > 0 or self.full(name)
 
     def unlock(self, wrap_key: Secret, origin: str, sealed: Mapping[str, Sealed]) -> None:
         """Take the key of the cache, and what it opened, now that the keyring is open."""
@@ -385,7 +397,7 @@ class Broker:
             )
         if at_work.doubt:
             return NotReady(
-                f"{name}: the clock was set back and the gateway could not confirm the key",
+                f"{name}: the clock was set and the gateway could not confirm the key",
                 hint="check the date, then try again",
             )
         slots = at_work.slots

@@ -11,7 +11,7 @@ from keybroker.slots import Key
 def rotated_or_failed(broker: Broker, name: str) -> bool:
     """Say whether a profile that was hurried has its new key, or did not get one."""
     slots = broker.slots(name)
-    return not slots.rotate or slots.failures > 0
+    return not slots.rotate or slots.failures > 0 or broker.full(name)
 
 
 def rotated(broker: Broker, name: str, old: Key | None) -> dict[str, Any]:

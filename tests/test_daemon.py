@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from keybroker import client, wire
+from keybroker.audit import Audit
 from keybroker.devgateway import DevGateway
-from tests.resident import Resident
+from keybroker.errors import ConfigError, NotReady
+from keybroker.journal import Journal
+from keybroker.slots import replay
+from tests.resident import HELPER, Home, Resident, until
+from tests.servers.faults import Faults, Status
+from tests.servers.keyring import Keyring
+
+TTL = 60_000
 
 
 @pytest.fixture
@@ -20,18 +37,544 @@ def gateway() -> Iterator[DevGateway]:
 def running(resident: Resident, gateway: DevGateway) -> Resident:
     """A daemon with one profile of the gateway."""
     resident.environment["ADMIN"] = gateway.master_key
-    resident.configure(
-        f'[profiles.work]\nbase_url = "{gateway.url}"\n[profiles.work.source]\n'
-        'type = "litellm"\nadmin = { env = "ADMIN" }\n'
-    )
+    resident.configure(profile(gateway))
     resident.start()
     return resident
 
 
+def profile(
+    gateway: DevGateway | Faults, name: str = "work", settings: str = "", source: str = ""
+) -> str:
+    """Return a profile of a gateway, as TOML."""
+    return (
+        f'[profiles.{name}]\nbase_url = "{gateway.url}"\n{settings}\n'
+        f'[profiles.{name}.source]\ntype = "litellm"\nadmin = {{ env = "ADMIN" }}\n{source}\n'
+    )
+
+
+def delete(gateway: DevGateway, key: str) -> None:
+    """Delete a key behind keybroker's back."""
+    request = urllib.request.Request(
+        f"{gateway.url}/key/delete",
+        json.dumps({"keys": [key]}).encode(),
+        {"authorization": f"Bearer {gateway.master_key}", "content-type": "application/json"},
+    )
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(request) as answer:
+        assert answer.status == 200
+
+
+def verifications(gateway: DevGateway) -> int:
+    """Count the looks at the data plane."""
+    return sum(seen.path.startswith("/v1/") for seen in gateway.seen())
+
+
+def mine(resident: Resident) -> dict[str, str]:
+    """Return the directory of a session's settings, with settings in it."""
+    folder = resident.home.path / ".claude"
+    folder.mkdir(exist_ok=True)
+    (folder / "settings.json").write_text("{}\n")
+    long_ago = time.time() - 3600
+    os.utime(folder / "settings.json", (long_ago, long_ago))
+    return {"directory": str(folder)}
+
+
+# answering
+
+
 def test_a_key_is_ready_before_it_is_asked_for(running: Resident, gateway: DevGateway) -> None:
     """It is minted at the start; every way to ask gives the same one."""
+    until(lambda: running.row()["fingerprint"])
     key = running.key()
 
     assert running.helper() == (0, f"{key}\n", "")
     assert running.cli("get", "work") == (0, f"{key}\n", "")
+    assert running.cli("get") == (0, f"{key}\n", "")
     assert len(gateway.live_keys()) == 1
+
+
+def test_a_restart_answers_from_the_cache(running: Resident, gateway: DevGateway) -> None:
+    """Killed, it comes back with the key that it had, though the gateway is gone."""
+    key = running.key()
+    running.kill()
+    gateway.close()
+    running.start()
+    assert running.key() == key
+
+
+@pytest.mark.parametrize(
+    ("profile_name", "expected"),
+    [
+        ("other", "error 78 keybroker: config: no profile 'other'; profiles: work"),
+        ("", "error 78 keybroker: config: several profiles, and none was named; name one,"),
+    ],
+)
+def test_a_profile_that_is_not_there(
+    running: Resident, gateway: DevGateway, profile_name: str, expected: str
+) -> None:
+    """Or that nobody named though there are two: what there is, and the status."""
+    if not profile_name:
+        running.configure(profile(gateway) + profile(gateway, "home"))
+        assert running.cli("reload")[0] == 0
+    reply = running.ask(profile_name)
+    assert reply.startswith(expected)
+    status, stdout, stderr = running.helper(profile_name or "-")
+    assert (status, stdout) == (78, "")
+    assert f"error 78 {stderr.strip()}" == reply
+
+
+def test_the_default_profile_is_answered(running: Resident, gateway: DevGateway) -> None:
+    """The one that the configuration names."""
+    running.configure('default = "home"\n' + profile(gateway) + profile(gateway, "home"))
+    assert running.cli("reload")[0] == 0
+    assert until(lambda: running.key()) == running.key("home") != running.key("work")
+
+
+def test_another_version_is_told_what_to_do(running: Resident) -> None:
+    """A helper of a later keybroker gets a line that says how to mend it."""
+    reply = wire.ask(running.socket, b"2 get work 1 1\n").decode()
+    assert reply == (
+        "error 69 keybroker: this daemon speaks version 1 of its protocol; "
+        "keybroker daemon --restart"
+    )
+
+
+def test_without_a_key_there_is_a_reason(resident: Resident) -> None:
+    """Nobody listens at the gateway: status 75, what happened, what to type, in time."""
+    resident.environment["ADMIN"] = "sk-admin"
+    resident.configure(
+        '[profiles.work]\nbase_url = "http://127.0.0.1:1"\n[profiles.work.source]\n'
+        'type = "litellm"\nadmin = { env = "ADMIN" }\n'
+    )
+    resident.start()
+    status, stdout, stderr = resident.helper()
+    assert (status, stdout) == (75, "")
+    assert stderr == (
+        "keybroker: work: litellm: 127.0.0.1:1 could not be reached; "
+        "keybroker source test work\n"
+    )
+
+
+def test_who_asks_in_vain_is_not_put_off_for_minutes(
+    resident: Resident, gateway: DevGateway
+) -> None:
+    """A gateway that comes back is tried at the latest 5 s after the last failure."""
+    with Faults(gateway.url) as wire_:
+        resident.environment["ADMIN"] = gateway.master_key
+        resident.configure(profile(wire_))
+        wire_.next(Status(503), times=6)
+        resident.start()
+        answered = until(lambda: resident.ask("work").startswith("ok "), 40)
+        assert answered
+
+
+# commands through the daemon
+
+
+def test_rotate_replaces_the_key(running: Resident, gateway: DevGateway) -> None:
+    """The old one stays for its hold; the next answer is the new one."""
+    first = running.key()
+    status, stdout, stderr = running.cli("rotate", "--json")
+    assert (status, stderr) == (0, "")
+    [result] = json.loads(stdout)
+    assert result["rotated"] is True
+    assert result["replaced"] != result["fingerprint"]
+    assert running.key() != first
+    assert len(gateway.live_keys()) == 2
+    assert running.row()["retired"][0]["fingerprint"] == result["replaced"]
+
+
+def test_too_many_rotations_are_refused_at_once(running: Resident) -> None:
+    """Four unrevoked keys are the most; the message says how long, and what to type."""
+    running.key()
+    for _ in range(3):
+        assert running.cli("rotate")[0] == 0
+    started = time.monotonic()
+    status, stdout, stderr = running.cli("rotate")
+    assert (status, stdout) == (75, "")
+    assert "4 keys are unrevoked, the most allowed" in stderr
+    assert "keybroker revoke work" in stderr
+    assert time.monotonic() - started < 10
+
+
+def test_revoke_ends_all_and_rests_until_asked(running: Resident, gateway: DevGateway) -> None:
+    """Nothing is minted in its place before somebody wants a key."""
+    first = running.key()
+    running.cli("rotate")
+    status, stdout, _ = running.cli("revoke", "work")
+    assert (status, stdout) == (0, "work: 2 revoked\n")
+    assert gateway.live_keys() == ()
+    running.cli("status")
+    assert gateway.live_keys() == ()
+    assert running.key() != first
+    assert len(gateway.live_keys()) == 1
+
+
+def test_a_command_that_must_be_the_owner_borrows_the_lock(
+    running: Resident, gateway: DevGateway
+) -> None:
+    """`source test` and `sweep` work beside the daemon, which goes on afterwards."""
+    key = running.key()
+    status, stdout, stderr = running.cli("source", "test", "work")
+    assert (status, stderr) == (0, ""), stdout
+    assert running.cli("sweep")[0] == 0
+    assert running.key() == key
+    assert running.cli("rotate")[0] == 0
+    assert running.key() != key
+    assert len(gateway.live_keys()) == 2
+
+
+def test_status_is_the_daemons(running: Resident) -> None:
+    """It says who runs, and that the key outlives a closed lid of 8 hours but not of 13."""
+    running.key()
+    status, stdout, stderr = running.cli("status")
+    assert (status, stderr) == (0, "")
+    assert running.process is not None
+    assert stdout.startswith(f"daemon 0.1.0, process {running.process.pid}, up ")
+    assert "lid closed   for 8h: yes, the key lives until" in stdout
+    assert f"-IS '{HELPER}' - 'work'" in stdout
+    assert "for 13h: no, the key ends at" in running.cli("status", "--lid", "13h")[1]
+
+
+def test_watch_shows_changes(running: Resident) -> None:
+    """One JSON line for each, until the watcher ends it."""
+    running.key()
+    command = [sys.executable, "-c", "from keybroker.cli import main; main()"]
+    with subprocess.Popen(
+        [*command, "status", "--watch", "--json"],
+        env=running.environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        first = json.loads(process.stdout.readline())
+        running.cli("rotate")
+        while True:
+            after = json.loads(process.stdout.readline())
+            if after["profiles"][0]["fingerprint"] != first["profiles"][0]["fingerprint"]:
+                break
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+
+
+# starting and ending
+
+
+def test_get_starts_a_daemon(resident: Resident, gateway: DevGateway) -> None:
+    """It outlives the command, is detached, and has only the variables it needs."""
+    resident.environment.update(ADMIN=gateway.master_key, OTHER_SECRET="sk-not-for-the-daemon")
+    resident.configure(profile(gateway))
+    status, stdout, stderr = resident.cli("get", "work")
+    assert (status, stderr) == (0, "")
+    pid = until(resident.owner)
+    assert os.getsid(pid) == pid
+    variables = {
+        one.split("=")[0] for one in Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    }
+    assert "OTHER_SECRET" not in variables
+    assert resident.helper() == (0, stdout, "")
+    assert resident.cli("daemon", "--stop") == (0, "stopped\n", "")
+    assert resident.owner() is None
+    assert not resident.socket.exists()
+    assert resident.cli("daemon", "--stop") == (0, "no daemon runs\n", "")
+
+
+def test_the_helper_starts_one(resident: Resident, gateway: DevGateway) -> None:
+    """Nobody listens: the slow path does it."""
+    resident.environment["ADMIN"] = gateway.master_key
+    resident.configure(profile(gateway))
+    status, stdout, stderr = resident.helper()
+    assert (status, stderr) == (0, "")
+    assert resident.key() == stdout.strip()
+
+
+def test_ten_helpers_start_one_daemon(resident: Resident, gateway: DevGateway) -> None:
+    """All get the one key that was minted."""
+    resident.environment["ADMIN"] = gateway.master_key
+    resident.configure(profile(gateway))
+    command = [sys.executable, "-IS", str(HELPER), "-", "work"]
+    helpers = [
+        subprocess.Popen(
+            command,
+            env=resident.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(10)
+    ]
+    results = [(*one.communicate(timeout=60), one.returncode) for one in helpers]
+    assert {status for _, _, status in results} == {0}, results
+    assert len({key for key, _, _ in results}) == 1
+    assert len(gateway.live_keys()) == 1
+
+
+def test_no_start_starts_none(resident: Resident, gateway: DevGateway) -> None:
+    """What is due is done here and now."""
+    resident.environment["ADMIN"] = gateway.master_key
+    resident.configure(profile(gateway))
+    assert resident.cli("get", "--no-start")[0] == 0
+    assert resident.owner() is None
+
+
+def test_a_daemon_that_hangs_costs_no_key(running: Resident) -> None:
+    """Stopped in the middle: the sealed key is printed all the same, within seconds."""
+    key = running.key()
+    assert running.process is not None
+    running.process.send_signal(signal.SIGSTOP)
+    try:
+        started = time.monotonic()
+        assert running.helper() == (0, f"{key}\n", "")
+        assert time.monotonic() - started < 9.5
+    finally:
+        running.process.send_signal(signal.SIGCONT)
+    assert running.key() == key
+
+
+def test_a_damaged_journal_still_gives_the_sealed_key(running: Resident) -> None:
+    """No daemon can run; what it sealed is alive."""
+    key = running.key()
+    running.kill()
+    journal = running.state / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes().replace(b'"have"', b'"hove"'))
+    assert running.helper() == (0, f"{key}\n", "")
+    assert running.owner() is None
+
+
+def test_a_configuration_that_is_wrong_is_said(resident: Resident) -> None:
+    """By the command that starts it, with file and line."""
+    resident.configure("[profiles.work]\nbase_url = 5\n")
+    for arguments in (("daemon",), ("get",)):
+        status, stdout, stderr = resident.cli(*arguments)
+        assert (status, stdout) == (78, "")
+        assert f"{resident.file}:2: " in stderr
+    assert resident.owner() is None
+
+
+# the configuration, while it runs
+
+
+def test_a_changed_file_is_read_at_once(running: Resident, gateway: DevGateway) -> None:
+    """A new profile is there without a word from anybody; one that is gone is revoked later."""
+    running.key()
+    running.configure(profile(gateway, "home", 'helper_ttl = "1s"\nhold = "1s"'))
+    key = until(lambda: running.ask("home").startswith("ok ") and running.key("home"))
+    assert key
+    assert running.ask("work").startswith("error 78 ")
+    [gone] = running.status()["unconfigured"]
+    assert gone["profile"] == "work"
+    guidance = json.loads((running.socket.parent / "guidance.json").read_text())
+    assert list(guidance["profiles"]) == ["home"]
+
+
+def test_a_bad_configuration_changes_nothing(running: Resident, gateway: DevGateway) -> None:
+    """It is refused by `reload`, said once in the log, and the one before it stays in use."""
+    key = running.key()
+    running.configure("[profiles.work]\nbase_url = 5\n")
+    until(lambda: "stays in use" in running.said())
+    status, stdout, stderr = running.cli("reload")
+    assert (status, stdout) == (78, "")
+    assert f"{running.file}:2: " in stderr
+    assert running.ask("work") == f"ok {key}"
+    running.configure(profile(gateway))
+    until(lambda: "good again" in running.said())
+    assert running.said().count("stays in use") == 1
+    assert running.key() == key
+
+
+def test_a_denied_admin_key_is_tried_again_when_its_file_changes(
+    resident: Resident, gateway: DevGateway
+) -> None:
+    """Not before, however often somebody asks."""
+    admin = resident.home.path / "admin"
+    admin.touch(0o600)
+    admin.write_text("sk-wrong")
+    resident.configure(profile(gateway).replace('{ env = "ADMIN" }', f'{{ file = "{admin}" }}'))
+    resident.start()
+    reply = until(lambda: resident.ask("work"))
+    assert reply.startswith("error 77 ")
+    calls = gateway.requests
+    for _ in range(5):
+        assert resident.ask("work").startswith("error 77 ")
+    assert gateway.requests == calls
+    admin.write_text(gateway.master_key)
+    until(lambda: resident.ask("work").startswith("ok "))
+
+
+# suspicion and push
+
+
+def test_a_key_deleted_behind_our_back_costs_one_retry(
+    running: Resident, gateway: DevGateway
+) -> None:
+    """The session that asks again too soon gets another key, with the same question."""
+    key = running.key()
+    assert running.ask("work", os.getpid(), TTL) == f"ok {key}"
+    delete(gateway, key)
+    assert running.ask("work") == f"ok {key}"  # nobody knows yet
+    fresh = running.ask("work", os.getpid(), TTL)
+    assert fresh.startswith("ok ")
+    assert fresh != f"ok {key}"
+    assert [live.token[:8] for live in gateway.live_keys()] == [running.row()["fingerprint"]]
+
+
+def test_a_good_key_survives_suspicion(running: Resident, gateway: DevGateway) -> None:
+    """It is looked at once in ten seconds, and stays."""
+    key = running.key()
+    before = verifications(gateway)
+    for _ in range(5):
+        assert running.ask("work", os.getpid(), TTL) == f"ok {key}"
+    assert verifications(gateway) == before + 1
+
+
+def test_an_edit_of_settings_is_no_suspicion(running: Resident, gateway: DevGateway) -> None:
+    """The client forgets its key then, and asks again."""
+    settings = mine(running)
+    key = running.key()
+    assert running.ask("work", os.getpid(), TTL, **settings) == f"ok {key}"
+    before = verifications(gateway)
+    Path(settings["directory"], "settings.json").write_text('{"model": "x"}\n')
+    assert running.ask("work", os.getpid(), TTL, **settings) == f"ok {key}"
+    assert verifications(gateway) == before
+
+
+def test_suspicion_without_an_answer_gives_the_key(resident: Resident, gateway: DevGateway) -> None:
+    """The gateway is down when it is asked: undecided, within 5 s, the key stays."""
+    resident.environment["ADMIN"] = gateway.master_key
+    with Faults(gateway.url) as faults:
+        resident.configure(profile(faults))
+        resident.start()
+        key = resident.key()
+        resident.ask("work", os.getpid(), TTL)
+        faults.next(Status(503), times=20)
+        started = time.monotonic()
+        assert resident.ask("work", os.getpid(), TTL) == f"ok {key}"
+        assert time.monotonic() - started < 6
+
+
+def test_settings_are_touched_only_when_a_key_was_replaced(
+    running: Resident, gateway: DevGateway
+) -> None:
+    """Not for the first key, not for an answer; contents and inode stay."""
+    settings = mine(running)
+    file = Path(settings["directory"], "settings.json")
+    before = file.stat()
+    running.ask("work", os.getpid(), TTL, **settings)
+    running.cli("status")
+    assert file.stat().st_mtime_ns == before.st_mtime_ns
+    running.cli("rotate")
+    until(lambda: file.stat().st_mtime_ns > before.st_mtime_ns)
+    assert file.read_text() == "{}\n"
+    assert file.stat().st_ino == before.st_ino
+    touched = file.stat().st_mtime_ns
+    running.kill()
+    running.start()  # it remembers which file
+    running.key()
+    assert file.stat().st_mtime_ns == touched
+    running.cli("rotate")
+    until(lambda: file.stat().st_mtime_ns > touched)
+
+
+def test_push_can_be_switched_off(running: Resident, gateway: DevGateway) -> None:
+    """A profile that says `push = false` touches nothing."""
+    settings = mine(running)
+    running.configure(profile(gateway, settings="push = false"))
+    assert running.cli("reload")[0] == 0
+    running.ask("work", os.getpid(), TTL, **settings)
+    before = Path(settings["directory"], "settings.json").stat().st_mtime_ns
+    running.cli("rotate")
+    running.cli("rotate")
+    assert Path(settings["directory"], "settings.json").stat().st_mtime_ns == before
+
+
+# what is kept
+
+
+def test_the_audit_says_who_was_given_what(running: Resident) -> None:
+    """The session's program and process, and the key's fingerprint."""
+    running.ask("work", os.getpid(), 0)
+    lines = until(lambda: [one for one in Audit(running.state).read() if one["event"] == "given"])
+    assert lines[-1]["pid"] == os.getpid()
+    assert lines[-1]["uid"] == os.getuid()
+    assert lines[-1]["fingerprint"] == running.row()["fingerprint"]
+    assert running.cli("audit", "verify")[0] == 0
+
+
+def test_a_locked_keyring_costs_no_key(home: Home, gateway: DevGateway) -> None:
+    """Keys live in memory meanwhile; the sealed one is not given up, and comes back."""
+    with Keyring() as keyring:
+        resident = Resident(home, **keyring.environment, ADMIN=gateway.master_key)
+        resident.configure(profile(gateway) + '[cache]\nkey = "keyring"\n')
+        try:
+            resident.start()
+            first = resident.key()
+            resident.stop()
+            keyring.lock()
+            resident.start()
+            reply = resident.ask("work")
+            assert reply.startswith("ok sk-")
+            assert replay(Journal(resident.state).read())["work"].current is not None
+            first_is_alive = [live.token[:8] for live in gateway.live_keys()]
+            assert len(first_is_alive) == 2
+            assert resident.row()["retired"][0]["why"] == "replaced"
+            assert first not in reply
+        finally:
+            resident.stop()
+
+
+# the Python API
+
+
+def test_a_program_gets_the_key(running: Resident, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a secret that does not print itself, and the environment without a key."""
+    for name, value in running.environment.items():
+        monkeypatch.setenv(name, value)
+    key = running.key()
+    assert client.get("work").reveal() == key
+    assert client.get().reveal() == key
+    assert key not in repr(client.get())
+    assert set(client.environment()) == {
+        "ANTHROPIC_BASE_URL",
+        "CLAUDE_CODE_API_KEY_HELPER_TTL_MS",
+    }
+    with pytest.raises(ConfigError, match="no profile 'other'"):
+        client.get("other")
+    with pytest.raises(ConfigError, match="no profile 'other'"):
+        client.environment("other")
+    with pytest.raises(ValueError, match="name"):
+        client.get("a b")
+
+
+def test_a_program_starts_the_daemon(
+    resident: Resident, gateway: DevGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through `keybroker get`, whose error it raises when there is no key."""
+    resident.environment["ADMIN"] = gateway.master_key
+    resident.configure(profile(gateway))
+    for name, value in resident.environment.items():
+        monkeypatch.setenv(name, value)
+    assert client.get("work").reveal() == resident.key()
+    assert resident.cli("daemon", "--stop")[0] == 0
+    resident.configure(
+        '[profiles.gone]\nbase_url = "http://127.0.0.1:1"\n[profiles.gone.source]\n'
+        'type = "litellm"\nadmin = { env = "ADMIN" }\n'
+    )
+    with pytest.raises(NotReady, match="could not be reached"):
+        client.get("gone")
+
+
+def test_the_hit_path_loads_nothing_but_the_standard_library(running: Resident) -> None:
+    """A program that asks pays for a socket and a secret."""
+    running.key()
+    code = "import sys; from keybroker import client; client.get('work'); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=running.environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = set(done.stdout.split())
+    assert not loaded & {"click", "httpx", "cryptography", "keyring", "ssl", "subprocess"}
+    assert "keybroker.config" not in loaded

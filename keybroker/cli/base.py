@@ -117,9 +117,8 @@ def run(arguments: Sequence[str]) -> int:
     os.umask(0o077)
     close_to_debuggers()  # this process holds keys
     try:
-        keybroker.main(args=list(arguments), prog_name="keybroker", standalone_mode=False)
-    except click.exceptions.Exit as error:
-        return error.exit_code
+        status = keybroker.main(args=list(arguments), prog_name="keybroker", standalone_mode=False)
+        return status if isinstance(status, int) else 0  # of `click.exceptions.Exit`
     except click.UsageError as error:
         if arguments[:1] == ["get"]:  # one line, whatever happens
             say(
@@ -143,7 +142,6 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:  # its text may hold a secret; its type does not
         place = _place(error)
         return say(KeybrokerError(f"internal error: {type(error).__name__} at {place}"))
-    return 0
 
 
 def say(error: KeybrokerError, *, one_line: bool = False) -> int:

@@ -33,6 +33,7 @@ from keybroker.errors import (
     CLASSES,
     ConfigError,
     JournalError,
+    KeybrokerError,
     NobodyAnswers,
     NotReady,
     SourceUnavailable,
@@ -69,11 +70,15 @@ def get_command(profile: str | None, no_start: bool) -> None:
         return
     try:
         _ask_daemon(socket or _start_daemon(config), wanted)
-    except NobodyAnswers as error:
+    except (NobodyAnswers, JournalError) as error:
         # Whatever became of the daemon: what was sealed and is alive is good for its reader.
-        found = _from_cache(config, wanted)
+        problem: KeybrokerError = error
+        try:
+            found = _from_cache(config, wanted)
+        except JournalError as damage:
+            problem, found = damage, _from_cache(config, wanted, journal_is_broken=True)
         if found is None:
-            raise error
+            raise problem from None
         _hand_out(wanted, found)
 
 
