@@ -424,6 +424,21 @@ def test_a_doubtful_key_is_not_printed_while_nobody_confirms_it(host: Host) -> N
     assert host.gateway().keys[current].revoked is None
 
 
+def test_who_asks_for_a_doubtful_key_has_it_looked_at_soon(host: Host) -> None:
+    """After hours without a gateway the next look is minutes away: an ask brings it forward."""
+    minted(host)
+    host.time.error -= HOUR
+    host.start(at(ONE))
+    host.gateway().out = True
+    host.run(HOUR)
+    host.gateway().out = False
+    waits = host.broker.slots("work").current.not_before - host.time.read().wall
+    assert waits > timedelta(seconds=10)
+    host.broker.ask("work")
+    host.run(6)
+    assert host.ask() is not None
+
+
 def test_a_doubtful_key_that_nobody_can_try_is_replaced(host: Host) -> None:
     """Where no method tells keys apart, a new one is asked for, and the old never printed."""
     current = minted(host)
