@@ -30,7 +30,7 @@ from keybroker.errors import (
     NobodyAnswers,
     NotReady,
 )
-from keybroker.journal import Journal
+from keybroker.journal import COMPACT_ABOVE, Journal
 from keybroker.listening import Begun
 from keybroker.log import Log
 from keybroker.paths import Disk
@@ -46,6 +46,8 @@ OPEN_SECONDS = 10.0
 UNLOCK_SECONDS = (60.0, 3600.0)  # between two looks at a locked keyring: at first, at most
 ACT_SECONDS = 20.0  # for a command's request
 BORROWED_SECONDS = 0.1  # between two looks whether the lock is free again
+COMPACT_SECONDS = 30.0
+MOST_WRITTEN = 10 * COMPACT_ABOVE  # records; then nothing is begun until the journal is compacted
 STOP_SECONDS = 5.0  # for what is under way when the daemon is told to end
 TICK_SECONDS = 30.0  # where a wake-up cannot be told from sleep
 LONGEST_SLEEP = 86_400.0
@@ -106,6 +108,8 @@ class Daemon:
         self._broker: Broker | None = None
         self._origin = ""
         self._opening: int | None = None  # the request that opens the cache
+        self._compacting: int | None = None  # the request that compacts the journal
+        self._written = 0  # records since the last time
         self._unlock_at, self._unlock_after = math.inf, UNLOCK_SECONDS[0]
         self._ends_at: float | None = None  # it was told to end
         self._borrower: Client | None = None  # who has the owner lock meanwhile
@@ -160,7 +164,7 @@ class Daemon:
         wake = [now + TICK_SECONDS] if self._timer is None else []
         if self._broker is not None and not self._take_back(self._broker):
             wake.append(now + BORROWED_SECONDS)
-        elif self._broker is not None:
+        elif self._broker is not None and not self._compacts():
             due = self._broker.turn(AT_A_TIME)
             if due is not None:
                 wake.append(now + (due - self._clock.read().wall).total_seconds())
@@ -187,6 +191,7 @@ class Daemon:
         if self._ends_at is None:
             return False
         busy = self._broker is not None and self._broker.busy
+        busy = busy or self._compacting is not None
         return not busy or time.monotonic() >= self._ends_at
 
     def _end(self) -> None:
@@ -204,9 +209,8 @@ class Daemon:
 
     def _open_cache(self) -> None:
         self._unlock_at = math.inf
-        kind = next((p.type for p in self._config.profiles.values()), "cache")
         self._opening = self._pool.send(
-            kind,
+            self._kind(),
             "open",
             OPEN_SECONDS,
             urgent=True,
@@ -216,12 +220,29 @@ class Daemon:
 
     def _take(self, answers: list[Answer]) -> None:
         for answer in answers:
+            self._written += len(answer.records or ())
             if answer.id == self._opening:
                 self._opening = None
                 self._opened(answer)
+            elif answer.id == self._compacting:
+                self._compacting = None
+                if answer.error is not None:
+                    self._log.once("warning", answer.error.message, about="compaction")
         if self._broker is not None and answers:
             self._broker.take(answers)
             self._something_changed()
+
+    def _compacts(self) -> bool:
+        """Have a long journal compacted when nobody writes it; say if nothing else may begin."""
+        due = self._written > COMPACT_ABOVE and self._ends_at is None
+        if self._compacting is None and due and self._pool.quiet:
+            self._written = 0
+            self._compacting = self._pool.send(self._kind(), "compact", COMPACT_SECONDS)
+        return self._compacting is not None or self._written > MOST_WRITTEN
+
+    def _kind(self) -> str:
+        """Return the kind of a worker that is there anyway, for what any can do."""
+        return next((p.type for p in self._config.profiles.values()), "cache")
 
     def _opened(self, answer: Answer) -> None:
         found = answer.ok or {}
@@ -509,9 +530,10 @@ class Daemon:
         self._borrower = client
 
         def result(late: bool) -> dict[str, Any] | None:
-            if broker.busy and not late:
+            busy = broker.busy or not self._pool.quiet
+            if busy and not late:
                 return None
-            if broker.busy:
+            if busy:
                 self._borrower = None
                 raise NotReady("the daemon is busy", hint="try again")
             self._pool.close()

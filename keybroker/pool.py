@@ -106,6 +106,12 @@ class Pool:
             return time.monotonic() + REAP_SECONDS
         return min((w.limit for w in self._workers.values() if w.limit is not None), default=None)
 
+    @property
+    def quiet(self) -> bool:
+        """Say whether no worker does anything that it was asked for, or is still ending."""
+        waiting = any(self._queues.values()) or any(w.waiting for w in self._workers.values())
+        return not (waiting or self._ended)
+
     def send(
         self, kind: str, op: str, seconds: float, /, *, urgent: bool = False, **values: Any
     ) -> int:

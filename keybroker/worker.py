@@ -277,6 +277,11 @@ class Operations:
         perform("forget", lambda: Cache(self.state, None, self.disk).forget(profile))
         return {}
 
+    def compact(self) -> dict[str, Any]:
+        """Drop from the journal what is over. Nobody else may be writing it."""
+        Journal(self.state, self.disk).compact()
+        return {}
+
     def failed(self, message: Mapping[str, Any], error: KeybrokerError) -> None:
         """Put a failure into the audit log, from where `status` has the last one."""
         profile = message.get("profile")

@@ -1,8 +1,10 @@
-"""Worker processes that differ from the real one in a line or two: blocked, slow, dying."""
+"""Workers and daemons that differ from the real one in a line or two: blocked, slow, dying."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
+import keybroker
 from keybroker.config import Profile, read_profile
 from keybroker.document import Where
 
@@ -70,3 +72,23 @@ def hang(self, profile):
 
 Operations.forget = hang
 """
+
+
+def daemon_with(patch: str, state: Path, socket: Path, *, worker: str = "") -> list[str]:
+    """
+    Return the command of a daemon that runs some lines before it begins.
+
+    The lines see `kernel` and `listening`; with `worker`, its workers run lines of their own, as
+    those of `worker_with`.
+    """
+    code = (
+        "import os, signal, sys, time\n"
+        "sys.path.append(sys.argv.pop(1))\n"
+        "from keybroker import kernel, listening\n"
+        f"{patch}\n"
+    )
+    if worker:
+        code += f"from keybroker import pool\npool.COMMAND = {worker_with(worker)!r}\n"
+    package = str(Path(keybroker.__file__).parent.parent)
+    places = [package, str(state), str(socket), "text"]
+    return [sys.executable, "-IS", "-c", f"{code}listening.main()\n", *places]
