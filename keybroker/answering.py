@@ -19,6 +19,7 @@ from keybroker.values import dataclass
 KEY_SECONDS = wire.WAIT_SECONDS - 0.5  # until a waiting client is told that there is none
 CHECK_SECONDS = 5.0  # until one that may have been refused gets the key that there is
 CHECKS_APART = 10.0  # for one profile
+AUDIT_SECONDS = 0.2  # until it is written down who was given what
 _BOOT = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 OTHER_VERSION = f"this daemon speaks version {wire.VERSION} of its protocol"
 
@@ -72,6 +73,7 @@ class Answers:
         self.broker: Broker | None = None
         self.config = config
         self.named = False  # a settings file that was not known before
+        self.stirred = False  # something is to be settled that was not a moment ago
         self._audit = audit
         self._files = files
         self._operations = operations
@@ -80,6 +82,7 @@ class Answers:
         self._jobs: list[Job] = []
         self._checked: dict[str, float] = {}
         self._given: dict[tuple[str, str, int, int, str], int] = {}
+        self._audit_at = 0.0
 
     # requests
 
@@ -94,7 +97,7 @@ class Answers:
         if isinstance(asked, dict):
             return None
         if asked.ttl_ms and asked.directory and self._files.name(asked.directory):
-            self.named = True
+            self.named = self.stirred = True
         if self.broker is None:
             return None
         name = asked.profile
@@ -150,10 +153,13 @@ class Answers:
         """When, by the monotonic clock, `settle` has something to do."""
         ends = [one.until for group in self._waiting.values() for one in group[:1]]
         ends += [job.until for job in self._jobs]
+        if self._given:
+            ends.append(self._audit_at)
         return min(ends, default=None)
 
     def settle(self) -> None:
         """Answer those whose answer is there, or whose time is over; write the audit log."""
+        self.stirred = False
         now = time.monotonic()
         for name, group in list(self._waiting.items()):
             left = [one for one in group if not self._settled(name, one, now)]
@@ -164,7 +170,8 @@ class Answers:
         for job in list(self._jobs):
             if job.client.closed or self._done(job, now):
                 self._jobs.remove(job)
-        self.write_audit()
+        if now >= self._audit_at:
+            self.write_audit()
 
     def write_audit(self) -> None:
         """Write down who was given what since the last time, one line for each asker and key."""
@@ -207,6 +214,9 @@ class Answers:
         else:
             asker = (name, fingerprint, uid, session.pid, session.name)
             self._sessions.given(session, name, fingerprint, now)
+        if not self._given:
+            self._audit_at = time.monotonic() + AUDIT_SECONDS
+            self.stirred = True
         self._given[asker] = self._given.get(asker, 0) + 1
         return wire.ok(found.secret.reveal())
 

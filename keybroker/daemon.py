@@ -41,6 +41,7 @@ from keybroker.server import Client, Server
 from keybroker.slots import replay
 
 TURN_SECONDS = 20.0  # a turn that takes longer kills the process
+REARM_SECONDS = 1.0  # while there is no sleep between turns
 AT_A_TIME = 8  # profiles that a turn looks at before clients get theirs
 OPEN_SECONDS = 10.0
 UNLOCK_SECONDS = (60.0, 3600.0)  # between two looks at a locked keyring: at first, at most
@@ -132,14 +133,23 @@ class Daemon:
         self._open_cache()
         self._notify("READY=1")
         self._log.say("info", f"keybroker {__version__} listens at {self._path}")
-        wake = 0.0
+        wake, armed_at = 0.0, -math.inf
         while not self._over():
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            events = self._selector.select(min(max(0.0, wake - time.monotonic()), LONGEST_SLEEP))
-            signal.setitimer(signal.ITIMER_REAL, TURN_SECONDS)  # its action is death
+            events = self._selector.select(0)
+            if not events:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                armed_at = -math.inf
+                sleep = min(max(0.0, wake - time.monotonic()), LONGEST_SLEEP)
+                events = self._selector.select(sleep)
+            now = time.monotonic()
+            if now - armed_at > REARM_SECONDS:
+                signal.setitimer(signal.ITIMER_REAL, TURN_SECONDS)  # its action is death
+                armed_at = now
+            quiet = True
             for key, mask in events:
-                key.data(mask)
-            wake = self._turn()
+                quiet = key.data(mask) is True and quiet
+            if not quiet or self._answers.stirred or now >= wake:
+                wake = self._turn()
         self._end()
         return 0
 

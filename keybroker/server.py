@@ -236,19 +236,21 @@ class Server:
         for listener in self._listeners:
             self._selector.unregister(listener)
 
-    def _accept(self, listener: _socket.socket, events: int) -> None:
+    def _accept(self, listener: _socket.socket, events: int) -> bool:
+        """Accept all who wait; say whether each of them was answered inline and is over."""
         accept: Callable[[], tuple[int, Any]] = listener._accept  # type: ignore[attr-defined]
+        quiet = True
         for _ in range(BATCH):
             try:
                 descriptor, _ = accept()
             except BlockingIOError:
-                return
+                return quiet
             except OSError as error:
                 # There is no room for one more open file, unless it had gone again.
                 if error.errno != errno.ECONNABORTED and not self._make_room():
                     self._pause()
                     self._resumes_at = time.monotonic() + PAUSE_SECONDS
-                    return
+                    return False
                 continue
             connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, descriptor)
             uid = peer_uid(connection)
@@ -267,10 +269,11 @@ class Server:
                 if not line:  # it came and went
                     connection.close()
                     continue
-            self._begin(connection, uid, line)
+            quiet = self._begin(connection, uid, line) and quiet
+        return quiet
 
-    def _begin(self, connection: _socket.socket, uid: int, line: bytes) -> None:
-        """Answer inline if that is possible; most requests never become a client."""
+    def _begin(self, connection: _socket.socket, uid: int, line: bytes) -> bool:
+        """Answer inline if that is possible, as it mostly is: nobody becomes a client then."""
         whole = is_whole(line)
         reply = self._at_once(line, uid) if whole else None
         if reply is not None:
@@ -280,11 +283,11 @@ class Server:
                 sent = len(reply)
             if sent == len(reply):
                 connection.close()
-                return
+                return True
             reply = reply[sent:]
         if len(self._clients) >= self._most and not self._make_room():
             connection.close()
-            return
+            return False
         client = Client(self, connection, uid, line)
         self._clients.add(client)
         self._selector.register(connection, selectors.EVENT_READ, client.ready)
@@ -296,6 +299,7 @@ class Server:
             self._hand_over(line, client)
         else:
             self.hurry(client)
+        return False
 
     def _hand_over(self, line: bytes, client: Client) -> None:
         if len(self._clients) - len(self.late) > self._most * 3 // 4:
