@@ -5,6 +5,7 @@ import os
 from datetime import UTC, datetime
 
 LEVELS = {"error": 3, "warning": 4, "info": 6}  # syslog's, which systemd reads from `<4>`
+REMEMBERED = 8  # different things that were said about one
 
 
 class Log:
@@ -19,7 +20,7 @@ class Log:
     def __init__(self, descriptor: int, form: str) -> None:
         self._descriptor = descriptor
         self._form = form
-        self._said: dict[str, str] = {}
+        self._said: dict[str, list[str]] = {}  # what was said about something, the newest last
 
     def say(self, level: str, text: str, profile: str = "") -> None:
         """Write a line."""
@@ -42,10 +43,11 @@ class Log:
             return
 
     def once(self, level: str, text: str, profile: str = "", *, about: str = "") -> None:
-        """Write a line unless it was the last that was said about this."""
-        key = f"{profile} {about}"
-        if self._said.get(key) != text:
-            self._said[key] = text
+        """Write a line unless the same was said about this since it was over the last time."""
+        said = self._said.setdefault(f"{profile} {about}", [])
+        if text not in said:
+            said.append(text)
+            del said[:-REMEMBERED]
             self.say(level, text, profile)
 
     def over(self, text: str, profile: str = "", *, about: str = "") -> None:
