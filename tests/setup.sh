@@ -14,6 +14,7 @@ missing_packages() {
     have gnome-keyring-daemon || echo gnome-keyring
     { have dbus-daemon && have dbus-send; } || echo dbus
     have strace || echo strace
+    have faketime || echo faketime
     { echo '#include <stdio.h>' | cc -E -; } >/dev/null 2>&1 || echo gcc libc6-dev
 }
 
