@@ -9,6 +9,7 @@ from keybroker.broker import Broker
 from keybroker.config import Profile
 from keybroker.guidance import environment, ttl_reason
 from keybroker.journal import write_time
+from keybroker.rotation import Kind
 from keybroker.slots import Key, Slots
 
 _WORDS: dict[type, str] = {
@@ -47,7 +48,8 @@ def _row(broker: Broker, profile: Profile) -> dict[str, Any]:
         "base_url": profile.base_url,
         "kind": profile.kind.value,
         "phase": rotation.phase(slots, policy, now).value,
-        "readable": current is None or broker.credential(profile.name) is not None,
+        "held": broker.credential(profile.name) is not None,
+        "late": False,
         "fingerprint": None,
         "verified": None,
         "issued_at": None,
@@ -77,6 +79,7 @@ def _row(broker: Broker, profile: Profile) -> dict[str, Any]:
             verified=current.verified,
             issued_at=write_time(current.lease.issued_at),
             expires_at=None if ends is None else write_time(ends),
+            late=ends is not None and policy.kind is Kind.MINTED and now > ends - policy.hold,
             survives_outage_s=None if ends is None else max(0.0, (ends - now).total_seconds()),
         )
     return row

@@ -654,7 +654,8 @@ def test_status_shows_the_key_and_what_to_paste(cli: Cli) -> None:
 
     assert (status, stderr) == (0, "")
     assert key not in stdout
-    assert re.search(r"^PROFILE +KEY +PHASE ", stdout)
+    assert stdout.startswith("no daemon runs; the next `keybroker get` starts one\n")
+    assert re.search(r"^PROFILE +KEY +PHASE ", stdout, re.MULTILINE)
     assert re.search(r"^work +[0-9a-f]{8} +fresh +models ", stdout, re.MULTILINE)
     assert "  kept by      key file\n" in stdout
     assert f'"ANTHROPIC_BASE_URL": "{cli.gateway.url}"' in stdout
@@ -671,7 +672,8 @@ def test_status_prints_json(cli: Cli) -> None:
 
     assert (found["cache"], found["unconfigured"]) == ("key file", [])
     assert (row["profile"], row["kind"], row["phase"]) == ("work", "minted", "fresh")
-    assert (row["readable"], row["verified"]) == (True, "models")
+    assert (row["held"], row["late"], row["verified"]) == (True, False, "models")
+    assert (found["daemon"], row["lid"]["safe"]) == (None, True)
     assert FINGERPRINT.fullmatch(row["fingerprint"])
     assert before <= datetime.fromisoformat(row["issued_at"]) <= datetime.now(UTC)
     assert row["next"] == "mint a new key"

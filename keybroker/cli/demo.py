@@ -44,11 +44,12 @@ def demo_command(keep: bool) -> None:
     """Watch keys being minted, verified, handed out, rotated and revoked.
 
     A small gateway is started on loopback, and a client talks to it as Claude Code does, while
-    its key is replaced again and again. Nothing leaves this machine and nothing is left behind.
+    the daemon replaces its key again and again. Nothing leaves this machine and nothing is left
+    behind.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with _stage() as stage:
-        print(f"A LiteLLM-shaped gateway at {stage.url}, keys that live for 9 s.\n")
+        print(f"A LiteLLM-shaped gateway at {stage.url}, keys that live for 9 s, and a daemon.\n")
         stage.play(SECONDS)
         if keep:
             _keep(stage)
@@ -86,6 +87,20 @@ class _Stage:
             raise KeybrokerError(f"demo: {arguments[0]} failed: {done.stderr.strip()[:200]}")
         return done.stdout
 
+    def helper(self) -> str:
+        """Ask for the key as Claude Code does; the first time, this starts the daemon."""
+        done = subprocess.run(
+            [sys.executable, "-IS", str(HELPER), "-", "demo"],
+            env=dict(self.environment),
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+        self.tell()
+        if done.returncode != 0:
+            raise KeybrokerError(f"demo: the helper failed: {done.stderr.strip()[:200]}")
+        return done.stdout.strip()
+
     def play(self, seconds: float) -> None:
         """Talk to the gateway with the helper's key, which is asked for anew each second."""
         import httpx
@@ -96,7 +111,7 @@ class _Stage:
             while time.monotonic() < until:
                 if time.monotonic() - asked_at >= REFRESH_SECONDS:
                     asked_at = time.monotonic()
-                    key = self.run("get", "--no-start", "demo").strip()
+                    key = self.helper()
                 status = client.post(
                     "/v1/messages",
                     headers={"x-api-key": key, "anthropic-version": "2023-06-01"},
@@ -153,6 +168,7 @@ class _Stage:
             print(f"{moment:5.1f} s  {name}  {words[event]}", flush=True)
 
 
+HELPER = Path(__file__).parent.parent / "helper.py"
 COMMAND = (sys.executable, "-I", "-c", "from keybroker.cli import main; main()")
 
 
@@ -176,7 +192,11 @@ def _stage() -> Iterator[_Stage]:
             "XDG_RUNTIME_DIR": str(folder / "run"),
             "KEYBROKER_CONFIG": str(file),
         }
-        yield _Stage(gateway, folder, environment)
+        stage = _Stage(gateway, folder, environment)
+        try:
+            yield stage
+        finally:
+            stage.run("daemon", "--stop")
 
 
 def _keep(stage: _Stage) -> None:
@@ -184,8 +204,9 @@ def _keep(stage: _Stage) -> None:
     variables = " ".join(
         f"{k}={shlex.quote(v)}" for k, v in stage.environment.items() if k != "PATH"
     )
+    helper = shlex.join([sys.executable, "-IS", str(HELPER), "-", "demo"])
     settings = {
-        "apiKeyHelper": f"env {variables} {shlex.join(COMMAND)} get --no-start demo",
+        "apiKeyHelper": f"exec env {variables} {helper}",
         "env": {
             "ANTHROPIC_BASE_URL": stage.url,
             "CLAUDE_CODE_API_KEY_HELPER_TTL_MS": "1000",

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from keybroker import asking, outcomes, paths, starting, wire
+from keybroker import asking, outcomes, paths, standing, starting, wire
 from keybroker.audit import Audit, asker
 from keybroker.cache import sealed_at
 from keybroker.cli.base import Duration, for_profile, in_words, on_the_clock, print_json, progress
@@ -41,7 +41,6 @@ from keybroker.errors import (
 from keybroker.journal import Journal, decode_lease, read_time
 from keybroker.label import is_label, prefix
 from keybroker.pool import variables
-from keybroker.rotation import expired
 from keybroker.slots import replay
 
 ANSWER_SECONDS = 8.0  # after ten Claude Code says that a helper is slow
@@ -434,14 +433,7 @@ def check_command(profile: str | None, min_remaining: timedelta, as_json: bool) 
     """Exit 0 if PROFILE has a key with enough time left; 75 if not. Asks no gateway."""
     config = configuration()
     wanted = config.profile(profile)
-    with desk(config, lock=None, only=wanted) as at:
-        now = at.broker.now(wanted.name)
-        current = at.broker.slots(wanted.name).current
-        held = at.broker.credential(wanted.name) is not None
-    left: timedelta | None = None
-    if current is not None and held and not expired(current, now):
-        ends = current.lease.expires_at
-        left = timedelta.max if ends is None else ends - now
+    left = _remaining(config, wanted)
     enough = left is not None and left >= min_remaining
     if as_json:
         seconds = None if left is None or left == timedelta.max else left.total_seconds()
@@ -451,3 +443,18 @@ def check_command(profile: str | None, min_remaining: timedelta, as_json: bool) 
     if not enough:
         what = "no key" if left is None else f"only {in_words(left)} left"
         raise NotReady(f"{wanted.name}: {what}", hint=f"keybroker rotate {wanted.name}")
+
+
+def _remaining(config: Config, wanted: Profile) -> timedelta | None:
+    """Return how long the current key has left; None without one, `max` for one without an end."""
+    socket = daemon_socket()
+    if socket is not None:
+        rows = wire.control(socket, "status", ACT_SECONDS)["profiles"]
+    else:
+        with desk(config, lock=None, only=wanted) as at:
+            rows = standing.rows(at.broker, [wanted])
+    for row in rows:
+        if row["profile"] == wanted.name and row["held"]:
+            seconds = row["survives_outage_s"]
+            return timedelta.max if seconds is None else timedelta(seconds=seconds)
+    return None

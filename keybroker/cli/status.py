@@ -229,6 +229,8 @@ def _print_details(row: dict[str, Any], found: dict[str, Any]) -> None:
         length = timedelta(seconds=row["survives_outage_s"])
         ends = on_the_clock(_time(row["expires_at"]))
         print(f"  survives     a gateway outage of {in_words(length)}, until {ends}")
+    if row["late"]:
+        print("  LATE         the key should have been replaced; see the last failure")
     lid = row["lid"]
     answer = "yes" if lid["safe"] else "no"
     print(f"  lid closed   for {in_words(timedelta(seconds=lid['for_s']))}: {answer}, {lid['why']}")
