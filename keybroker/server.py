@@ -17,7 +17,9 @@ from typing import Any
 LATE_SECONDS = 2.0  # to write the request, once connected; to take the next piece of an answer
 MOST_CLIENTS = 4096  # late and waiting ones together; the oldest late one makes room
 OURS = 64  # files that may be open beside the clients: journal, workers, what is listened at
-PAUSE_SECONDS = 0.1  # without accepting, when there was no room for one more open file
+# Without accepting, when there is no room; and so long who came in may take to begin to speak
+# before it makes room: those at the door lose nothing meanwhile, and have spoken then.
+PAUSE_SECONDS = 0.05
 BATCH = 256  # accepted in a row, before anything else gets its turn
 LONGEST = 1024
 MOST_UNSENT = 1 << 22  # bytes that a reader may leave lying about
@@ -241,6 +243,9 @@ class Server:
         accept: Callable[[], tuple[int, Any]] = listener._accept  # type: ignore[attr-defined]
         quiet = True
         for _ in range(BATCH):
+            if len(self._clients) >= self._most and self._oldest() is None:
+                self._rest()
+                return False
             try:
                 descriptor, _ = accept()
             except BlockingIOError:
@@ -248,8 +253,7 @@ class Server:
             except OSError as error:
                 # There is no room for one more open file, unless it had gone again.
                 if error.errno != errno.ECONNABORTED and not self._make_room():
-                    self._pause()
-                    self._resumes_at = time.monotonic() + PAUSE_SECONDS
+                    self._rest()
                     return False
                 continue
             connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, descriptor)
@@ -307,10 +311,22 @@ class Server:
         else:
             self._later(line, client)
 
+    def _rest(self) -> None:
+        """Accept nobody for a moment."""
+        self._pause()
+        self._resumes_at = time.monotonic() + PAUSE_SECONDS
+
+    def _oldest(self) -> Client | None:
+        """Return the client that would have to make room; None when there is none that may."""
+        client, deadline = next(iter(self.late.items()), (None, 0.0))
+        if client is None or client.asked:
+            return client
+        recent = time.monotonic() + LATE_SECONDS - PAUSE_SECONDS
+        return None if deadline > recent else client
+
     def _make_room(self) -> bool:
         """End the oldest client that is late; who has said its line by now is answered instead."""
-        while self.late:
-            client = next(iter(self.late))
+        while (client := self._oldest()) is not None:
             client.ready()
             if client in self.late:
                 client.close()

@@ -63,7 +63,7 @@ class Hall:
         return len(events)
 
     def settle(self) -> None:
-        """Turn until nothing is left to be done."""
+        """Turn until nothing is left to be done now."""
         assert any(self.turn() == 0 for _ in range(TURNS)), "it never comes to rest"
 
     def pass_time(self, seconds: float) -> None:
@@ -99,7 +99,13 @@ def hall(tmp_path: Path) -> Iterator[Hall]:
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Iterator[Hall]:
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No moment is left to who comes in before it makes room."""
+    monkeypatch.setattr(server, "PAUSE_SECONDS", 0.0)
+
+
+@pytest.fixture
+def small(tmp_path: Path, hasty: None) -> Iterator[Hall]:
     """Room for eight."""
     with closing(Hall(tmp_path / "s", 8)) as made:
         yield made
@@ -380,6 +386,32 @@ def test_who_has_spoken_is_answered_before_it_makes_room(small: Hall) -> None:
     assert [said(one) for one in honest] == [b"answer\n"] * 2
 
 
+def test_who_came_just_now_has_a_moment_to_speak(
+    small: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many are at the door: they wait there, and come in when somebody had its time."""
+    monkeypatch.setattr(server, "PAUSE_SECONDS", 0.05)
+    inside = [small.come() for _ in range(8)]
+    began = time.monotonic()
+    door = [small.come(b"now\n") for _ in range(20)]
+    due = small.server.due
+    assert due is not None
+    if time.monotonic() < began + 0.05:
+        assert not any(is_over(one) for one in inside)
+        assert 0 < due - began <= 0.1
+    inside[0].sendall(b"now\n")
+    small.settle()
+    assert said(inside[0]) == b"answer\n"
+
+    monkeypatch.setattr(server, "PAUSE_SECONDS", 0.0)  # their time is over
+    small.pass_time(1.0)
+    small.settle()
+    assert {said(one) for one in door} == {b"answer\n"}
+    assert not any(is_over(one) for one in inside[1:])
+    more = [small.come() for _ in range(2)]
+    assert [is_over(one) for one in (*inside[1:], *more)] == [True] + [False] * 8
+
+
 def test_who_does_not_read_makes_room_too(small: Hall) -> None:
     """It is as late as who does not speak."""
     for _ in range(20):
@@ -433,6 +465,7 @@ def no_more_files() -> Iterator[Callable[[], None]]:
                 os.close(one)
 
 
+@pytest.mark.usefixtures("hasty")
 def test_without_room_for_a_file_a_silent_client_makes_it(hall: Hall) -> None:
     """One for one; those that speak are answered."""
     silent = [hall.come() for _ in range(4)]
@@ -568,6 +601,7 @@ DEEDS = st.sampled_from(
 )
 
 
+@pytest.mark.usefixtures("hasty")
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(DEEDS, st.integers(0, 30)), max_size=60))
 def test_whatever_the_others_do_who_speaks_is_answered(
