@@ -269,7 +269,7 @@ class Answers:
             if operation is None:
                 raise NobodyAnswers(
                     f"the daemon does not know {str(asked['op'])[:32]!r}; it may be older",
-                    hint="keybroker daemon --restart",
+                    hint="keybroker daemon --stop",
                 )
             job = operation(asked, client)
         except KeybrokerError as error:
@@ -291,4 +291,4 @@ class Answers:
 
 
 def _other_version() -> KeybrokerError:
-    return NobodyAnswers(OTHER_VERSION, hint="keybroker daemon --restart")
+    return NobodyAnswers(OTHER_VERSION, hint="keybroker daemon --stop")

@@ -359,7 +359,11 @@ class Broker:
         """Return what may be handed out now, however old."""
         at_work = self._profiles[name]
         current = at_work.slots.current
-        if self._doubtful(at_work) or not rotation.usable(current, at_work.policy, self.now(name)):
+        if (
+            at_work.ending
+            or self._doubtful(at_work)
+            or not rotation.usable(current, at_work.policy, self.now(name))
+        ):
             return None
         return at_work.secrets.get(current.label) if current is not None else None
 

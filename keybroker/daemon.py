@@ -12,7 +12,7 @@ import os
 import selectors
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,8 @@ class Daemon:
             self._answers.later,
             self._stranger,
         )
+        self._seen_files = _states(self._config_files)
+        self._seen_keys = _states(self._credential_files())
         self._broker: Broker | None = None
         self._origin = ""
         self._opening: int | None = None  # the request that opens the cache
@@ -166,13 +168,17 @@ class Daemon:
         if self._watch.fd is not None:
             self._selector.register(self._watch.fd, read, self._files_changed)
         self._watch_directories()
+        self._look_at_files()
 
     def _turn(self) -> float:
         """Do what is due; return when to come back, by the monotonic clock."""
         now = time.monotonic()
         self._take(self._pool.receive(0.0))
-        wake = [now + TICK_SECONDS] if self._timer is None else []
-        if self._broker is not None and not self._take_back(self._broker):
+        wake = []
+        if self._timer is None or self._watch.fd is None:
+            self._look_at_files()
+            wake.append(now + TICK_SECONDS)
+        if self._broker is not None and not self._is_owner(self._broker):
             wake.append(now + BORROWED_SECONDS)
         elif self._broker is not None and not self._compacts():
             due = self._broker.turn(AT_A_TIME)
@@ -313,15 +319,22 @@ class Daemon:
             self._broker.replan()
 
     def _files_changed(self, mask: int) -> None:
-        changed = self._watch.read()
-        if any(file in changed or file.parent in changed for file in self._config_files):
-            self._configure()
-        keys = {Path(file) for file in self._credential_files()}
-        if self._broker is not None and keys & changed:
-            self._broker.retry()
+        self._watch.read()
+        self._look_at_files()
         if not self._begun.inherited and self._ends_at is None and not os.path.exists(self._path):
             self._listen_again()
         self._watch_directories()
+
+    def _look_at_files(self) -> None:
+        """Read the configuration if its files are others now; try again if credentials are."""
+        files, keys = _states(self._config_files), _states(self._credential_files())
+        if files != self._seen_files:
+            self._seen_files = files
+            self._configure()
+        if keys != self._seen_keys:
+            self._seen_keys = keys
+            if self._broker is not None:
+                self._broker.retry()
 
     def _listen_again(self) -> None:
         """The socket's file is gone: make another, or nobody could ask."""
@@ -334,16 +347,16 @@ class Daemon:
             self._log.once("error", f"{self._path}: cannot listen ({error})", about="socket")
 
     def _watch_directories(self) -> None:
-        wanted = [file.parent for file in self._config_files]
-        wanted += [Path(file).parent for file in self._credential_files()]
-        wanted.append(Path(self._path).parent)
+        wanted = {Path(self._path).parent}
+        for file in (*self._config_files, *self._credential_files()):
+            wanted |= {file.parent, file.resolve().parent}  # a link, and what it leads to
         self._watch.directories(wanted)
 
-    def _credential_files(self) -> list[str]:
-        """Return the files that admin credentials are read from."""
+    def _credential_files(self) -> list[Path]:
+        """Return the files that credentials are read from."""
         issuers = [profile.issuer for profile in self._config.profiles.values()]
         return [
-            str(one.admin.value)
+            Path(str(one.admin.value))
             for one in issuers
             if one.admin is not None and one.admin.kind == "file"
         ]
@@ -553,6 +566,31 @@ class Daemon:
 
         return Job(client, result, time.monotonic() + ACT_SECONDS, lasts=True)
 
+    def _is_owner(self, broker: Broker) -> bool:
+        """Say whether nobody else may write the journal; a lock that was removed is taken anew."""
+        if not self._take_back(broker):
+            return False
+        file = str(self._state / paths.OWNER_LOCK)
+        if listening.in_place(self._begun.lock, file):
+            return True
+        try:
+            paths.private_directory(self._state)
+            fresh = listening.hold(file)
+        except (OSError, ConfigError) as error:
+            self._log.once("error", f"{file}: cannot be locked ({error})", about="lock")
+            return False
+        if fresh is None:
+            text = f"{file} was removed, and is another's now; nothing is begun meanwhile"
+            self._log.once("error", text, about="lock")
+            return False
+        os.dup2(fresh, self._begun.lock, inheritable=False)
+        os.close(fresh)
+        listening.record_owner(self._begun.lock, self._path)
+        self._log.say("warning", f"{file} was removed; it was made again")
+        if self._journal.read():
+            broker.reread()
+        return True
+
     def _take_back(self, broker: Broker) -> bool:
         """Be the owner again, once the borrower is gone; what it wrote is in the journal."""
         if self._borrower is None or not self._borrower.closed:
@@ -570,6 +608,19 @@ class Daemon:
 
 
 NOT_TOLD = "sessions that watch it take a new key at their next refresh, or after one 401"
+
+
+def _states(files: Iterable[Path]) -> dict[Path, tuple[int, int, int] | None]:
+    """Return by what each file would be another: None for one that is not there."""
+    states: dict[Path, tuple[int, int, int] | None] = {}
+    for file in files:
+        try:
+            found = os.stat(file)
+        except OSError:
+            states[file] = None
+        else:
+            states[file] = (found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
+    return states
 
 
 class _Everything:

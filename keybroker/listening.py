@@ -49,7 +49,7 @@ def begin(state: str, path: str) -> Begun | None:
     os.umask(0o077)
     kernel.close_to_debuggers()
     sockets = inherited()
-    lock = _lock(os.path.join(state, "owner.lock"), path)
+    lock = _lock(os.path.join(state, "owner.lock"), "" if sockets else path)
     if lock is None:
         return None
     _raise_limit()
@@ -61,13 +61,23 @@ def begin(state: str, path: str) -> Begun | None:
 
 
 def _lock(file: str, path: str) -> int | None:
-    """Take the owner lock; wait for a command or an old worker that has it, not for a daemon."""
+    """
+    Take the owner lock; wait for a command or an old worker that has it, not for a daemon.
+
+    Whoever listens at the path is one, though its lock's file may have been removed. No path:
+    it is we who listen there, by a socket that was handed down.
+    """
     until = time.monotonic() + LOCK_SECONDS
-    while (lock := hold(file)) is None:
-        if answers(path) or time.monotonic() > until:
+    while True:
+        lock = hold(file)
+        daemon = path != "" and answers(path)
+        if lock is not None and not daemon:
+            return lock
+        if lock is not None:
+            os.close(lock)
+        if daemon or time.monotonic() > until:
             return None
         time.sleep(0.02)
-    return lock
 
 
 def hold(file: str) -> int | None:
@@ -83,7 +93,18 @@ def hold(file: str) -> int | None:
     except BlockingIOError:
         os.close(held)
         return None
+    if not in_place(held, file):  # it was removed meanwhile, and may be somebody else's now
+        os.close(held)
+        return None
     return held
+
+
+def in_place(held: int, file: str) -> bool:
+    """Say whether a path still leads to the file that is open."""
+    try:
+        return os.path.samestat(os.stat(file, follow_symlinks=False), os.fstat(held))
+    except OSError:
+        return False
 
 
 def record_owner(lock: int, path: str) -> None:

@@ -305,7 +305,7 @@ def test_get_gives_up_no_key_that_is_only_locked(cli: Cli, tmp_path: Path) -> No
 
     assert (status, stdout) == (69, "")
     assert "a minted key could not be kept" in one_line(stderr)
-    assert (row["readable"], row["retired"]) == (False, [])
+    assert (row["held"], row["retired"]) == (False, [])
     assert cli("get", environment=there) == first
     assert cli.live() == 1
 

@@ -134,8 +134,7 @@ def test_another_version_is_told_what_to_do(running: Resident) -> None:
     """A helper of a later keybroker gets a line that says how to mend it."""
     reply = wire.ask(running.socket, b"2 get work 1 1\n").decode()
     assert reply == (
-        "error 69 keybroker: this daemon speaks version 1 of its protocol; "
-        "keybroker daemon --restart"
+        "error 69 keybroker: this daemon speaks version 1 of its protocol; keybroker daemon --stop"
     )
 
 
@@ -150,8 +149,7 @@ def test_without_a_key_there_is_a_reason(resident: Resident) -> None:
     status, stdout, stderr = resident.helper()
     assert (status, stdout) == (75, "")
     assert stderr == (
-        "keybroker: work: litellm: 127.0.0.1:1 could not be reached; "
-        "keybroker source test work\n"
+        "keybroker: work: litellm: 127.0.0.1:1 could not be reached; keybroker source test work\n"
     )
 
 

@@ -17,18 +17,15 @@ RELOAD_SECONDS = 5.0
 @click.command("daemon")
 @click.option("--log", type=click.Choice(["text", "json"]), default="text", help="How it speaks.")
 @click.option("--stop", is_flag=True, help="End the one that runs.")
-@click.option("--restart", is_flag=True, help="End the one that runs, and start this one.")
-def daemon_command(log: str, stop: bool, restart: bool) -> None:
+def daemon_command(log: str, stop: bool) -> None:
     """Run the daemon: keys are ready before they are asked for, and replaced ahead of their end.
 
     It stays in the foreground and writes to stderr. `keybroker get` starts one in the background
     when none runs; what that one says is in daemon.log beside the journal.
     """
-    if stop or restart:
-        ended = _end()
-        if stop:
-            print("stopped" if ended else "no daemon runs")
-            return
+    if stop:
+        print("stopped" if _end() else "no daemon runs")
+        return
     configuration()  # what is wrong with it is said here, with file and line
     socket = paths.socket_path(os.environ)
     paths.private_directory(socket.parent)
