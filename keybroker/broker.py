@@ -314,9 +314,12 @@ class Broker:
         self.replan()
 
     def retry(self) -> None:
-        """Try again what failed: a credential or the configuration may be better now."""
+        """Try again what failed, read anew what others keep: something may be better now."""
         for at_work in self._profiles.values():
-            if at_work.slots.failures:
+            if at_work.policy.kind is Kind.FOLLOWED:
+                at_work.slots = rotation.hurried(at_work.slots)
+                self._change(at_work)
+            elif at_work.slots.failures:
                 at_work.slots = replace(at_work.slots, not_before=None, failures=0)
                 at_work.patient = False
                 self._change(at_work)
@@ -359,11 +362,9 @@ class Broker:
         """Return what may be handed out now, however old."""
         at_work = self._profiles[name]
         current = at_work.slots.current
-        if (
-            at_work.ending
-            or self._doubtful(at_work)
-            or not rotation.usable(current, at_work.policy, self.now(name))
-        ):
+        current = at_work.slots.current
+        usable = rotation.usable(current, at_work.policy, self.now(name))
+        if at_work.ending or not usable or self._doubtful(at_work):
             return None
         return at_work.secrets.get(current.label) if current is not None else None
 

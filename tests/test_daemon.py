@@ -400,6 +400,34 @@ def test_a_denied_admin_key_is_tried_again_when_its_file_changes(
     until(lambda: resident.ask("work").startswith("ok "))
 
 
+def test_a_linked_configuration_is_followed(running: Resident, gateway: DevGateway) -> None:
+    """As with dotfiles that are kept elsewhere: what the link leads to is what counts."""
+    running.key()
+    kept = running.home.path / "dotfiles"
+    kept.mkdir(mode=0o700)
+    running.file.rename(kept / "config.toml")
+    running.file.symlink_to(kept / "config.toml")
+    until(lambda: running.ask("work").startswith("ok "))
+    text = (kept / "config.toml").read_text()
+    (kept / "config.toml").write_text(profile(gateway, "home") + text)
+    until(lambda: running.ask("home").startswith("ok "))
+
+
+def test_a_key_file_of_somebody_elses_is_read_when_it_changes(resident: Resident) -> None:
+    """Not at the next poll."""
+    file = resident.home.path / "key"
+    file.touch(0o600)
+    file.write_text("sk-first")
+    resident.configure(
+        '[profiles.own]\nbase_url = "http://127.0.0.1:1"\nverify = "none"\n'
+        f'[profiles.own.source]\ntype = "static"\nkey = {{ file = "{file}" }}\n'
+    )
+    resident.start()
+    assert resident.key() == "sk-first"
+    file.write_text("sk-second")
+    until(lambda: resident.key() == "sk-second")
+
+
 # suspicion and push
 
 
