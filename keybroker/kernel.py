@@ -4,6 +4,8 @@ The `ctypes` package costs a resident process 0.7 MB, so libc is called through 
 it. Everything here is harmless on a system that lacks it: it returns False or None.
 """
 
+from __future__ import annotations
+
 import os
 import signal
 import struct
@@ -11,7 +13,10 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache
-from pathlib import Path
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # the daemon listens before it has loaded what it goes on with
+    from pathlib import Path
 
 # linux/prctl.h
 _PR_SET_PDEATHSIG = 1

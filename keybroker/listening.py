@@ -7,7 +7,6 @@ who has looked at them already.
 
 import _socket
 import fcntl
-import json
 import os
 import stat
 import sys
@@ -109,6 +108,8 @@ def in_place(held: int, file: str) -> bool:
 
 def record_owner(lock: int, path: str) -> None:
     """Say in the lock's file who has it and where to ask: for people, and for commands."""
+    import json
+
     text = json.dumps({"pid": os.getpid(), "socket": path}) + "\n"
     os.ftruncate(lock, 0)
     os.pwrite(lock, text.encode(), 0)
