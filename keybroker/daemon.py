@@ -321,12 +321,10 @@ class Daemon:
     def _files_changed(self, mask: int) -> None:
         self._watch.read()
         self._look_at_files()
-        if not self._begun.inherited and self._ends_at is None and not os.path.exists(self._path):
-            self._listen_again()
         self._watch_directories()
 
     def _look_at_files(self) -> None:
-        """Read the configuration if its files are others now; try again if credentials are."""
+        """Read what is new: configuration, credentials. Listen anew where the socket is gone."""
         files, keys = _states(self._config_files), _states(self._credential_files())
         if files != self._seen_files:
             self._seen_files = files
@@ -335,6 +333,8 @@ class Daemon:
             self._seen_keys = keys
             if self._broker is not None:
                 self._broker.retry()
+        if not self._begun.inherited and self._ends_at is None and not os.path.exists(self._path):
+            self._listen_again()
 
     def _listen_again(self) -> None:
         """The socket's file is gone: make another, or nobody could ask."""
