@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
@@ -14,11 +16,16 @@ from typing import Any
 import click
 import pytest
 
+from keybroker import client, daemon, guidance, paths, push, server, sessions, starting, wire
 from keybroker.cli.base import COMMANDS, keybroker
+from keybroker.cli.status import helper_line
 from keybroker.config import CACHE, GENERAL, PROFILE, SOURCES, parse
+from keybroker.devgateway import DevGateway
 from keybroker.document import Where
 from keybroker.errors import CLASSES
 from keybroker.fields import Field, show_duration
+from keybroker.pool import PASSED_ON
+from tests.resident import Resident
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -26,6 +33,9 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *(ROOT / name / "README.md" for name in ("systemd", "launchd")),
 ]
+README = ROOT / "README.md"
+DAEMON = ROOT / "docs" / "daemon.md"
+PYTHON = ROOT / "docs" / "python.md"
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 EXIT_STATUS = ROOT / "docs" / "exit-status.md"
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -186,6 +196,158 @@ def test_every_command_is_mentioned(command: str) -> None:
     assert f"`keybroker {command}`" in (ROOT / "README.md").read_text()
 
 
+def options(command: click.Command, words: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield each option, in its longest form, after the command that it is for."""
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            found = command.get_command(context, name)
+            assert found is not None
+            yield from options(found, [*words, name])
+    for option in command.params:
+        if isinstance(option, click.Option):
+            yield " ".join(words), max(option.opts, key=len)
+
+
+ALL_OPTIONS = list(options(keybroker, []))
+IN_GENERAL = {"--json", "--dry-run", "--profile"}  # README.md says which commands have them
+
+
+@pytest.mark.parametrize(("command", "option"), ALL_OPTIONS)
+def test_every_option_is_mentioned(command: str, option: str) -> None:
+    """Some page shows it, with its command; those that many commands have are said once."""
+    if option in IN_GENERAL:
+        assert option in README.read_text()
+        return
+    shown = [line.split() for _, line in all_lines()]
+    assert any(words[1:].count(option) and command in " ".join(words) for words in shown)
+
+
+# settings.json
+
+
+def test_the_readme_shows_the_line_that_status_prints() -> None:
+    """Word for word but for the places, which are another machine's."""
+    [settings] = [json.loads(text) for text in blocks(README.read_text(), "json")]
+    shown, printed = settings["apiKeyHelper"], helper_line("work")
+    words = re.compile(r"exec '/[^']*/bin/python3' -IS '/[^']*/keybroker/helper\.py' - 'work'")
+
+    assert words.fullmatch(shown)
+    assert [word for word in shlex.split(printed) if "/" not in word] == [
+        word for word in shlex.split(shown) if "/" not in word
+    ]
+    assert shlex.split(printed)[3].endswith("/keybroker/helper.py")
+    assert re.sub(r"'/[^']*'", "", printed) == re.sub(r"'/[^']*'", "", shown)
+    status = next(text for text in blocks(README.read_text(), "") if "to paste" in text)
+    assert json.dumps(shown) in status
+
+
+# The daemon
+
+
+def test_every_signal_and_operation_is_named() -> None:
+    """docs/daemon.md has the signals, docs/how-it-works.md what can be asked on the socket."""
+    signals = re.findall(r"SIG[A-Z]+", DAEMON.read_text())
+    assert set(signals) == {number.name for number in daemon._Signals.NUMBERS}
+
+    source = Path(daemon.__file__).read_text().partition("operations = {")[2].partition("}")[0]
+    operations = set(re.findall(r'^ +"(\w+)": self\._\w+,$', source, re.MULTILINE))
+    assert operations >= {"status", "stop", "reload"}
+    page = " ".join((ROOT / "docs" / "how-it-works.md").read_text().split())
+    said = page.partition("Operations: ")[2].partition(", which gives")[0]
+    assert set(re.findall(r"`(\w+)`", said)) == operations
+
+
+def test_every_file_is_named() -> None:
+    """docs/daemon.md says where each file is that a daemon keeps."""
+    rows = re.findall(r"^\| (`.*`) \| .* \|$", DAEMON.read_text(), re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    assert named >= {
+        paths.SOCKET,
+        paths.OWNER_LOCK,
+        starting.LOG,
+        f"{starting.LOG}.1",
+        push.RECORD,
+        guidance.JSON,
+        guidance.ENV,
+        guidance._name("<profile>"),
+    }
+
+
+def test_every_variable_that_is_kept_is_named() -> None:
+    """The list in docs/daemon.md is that of the code; proxies go by one word."""
+    said = DAEMON.read_text().partition("## Its environment")[2].partition("\n## ")[0]
+    listed = [line for line in said.splitlines() if line.startswith("- ")]
+    named = set(re.findall(r"`([A-Z_]{2,})`", "\n".join(listed)))
+    kept = {name for name in (*PASSED_ON, *starting._OURS) if "PROXY" not in name.upper()}
+    assert named == kept
+    assert "the proxy variables" in said
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        f"{server.MOST_CLIENTS:,}, or as many",
+        f"{server.LATE_SECONDS:.0f} s; the oldest",
+        f"{wire.LONGEST_REQUEST:,} bytes",
+        f"{wire.LONGEST_KEY:,} characters",
+        f"remembered | {sessions.MOST_SESSIONS:,}",
+        f"at most {daemon.MOST_WATCHERS} may watch",
+        f"at most {push.MOST_DIRECTORIES} folders",
+        f"room for {paths.LONGEST_SOCKET_PATH} bytes",
+        f"gets {daemon.STOP_SECONDS:.0f} s",
+        f"{daemon.TURN_SECONDS:.0f} s kills it",
+        f"within {push.APART_SECONDS:.0f} s",
+        f"min, doubling up to {daemon.UNLOCK_SECONDS[1] / 3600:.0f} h",
+        f"larger than {starting.LARGEST_LOG >> 20} MiB",
+    ],
+)
+def test_limits_are_those_of_the_code(limit: str) -> None:
+    assert limit.lower() in " ".join(DAEMON.read_text().split()).lower()
+
+
+def test_the_readme_claims_no_times() -> None:
+    """What is fast and small is in the table that the benchmarks write, and nowhere else."""
+    text = FENCED.sub("", README.read_text())
+    text = re.sub(r"<!-- figures.*?<!-- and here -->", "", text, flags=re.DOTALL)
+    assert re.findall(r"\b\d[\d.,]* ?(?:ms|µs|MB|MiB|times (?:as|faster)\b)", text) == []
+
+
+# Python
+
+
+def test_the_python_example_works(resident: Resident) -> None:
+    """It is run as it is written, with a daemon and a gateway."""
+    [example] = blocks(PYTHON.read_text(), "python")
+    with DevGateway() as gateway:
+        resident.environment["ADMIN"] = gateway.master_key
+        resident.configure(
+            f'[profiles.work]\nbase_url = "{gateway.url}"\n[profiles.work.source]\n'
+            'type = "litellm"\nadmin = { env = "ADMIN" }\n'
+        )
+        resident.start()
+        done = subprocess.run(
+            [sys.executable, "-c", example],
+            env=resident.environment,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+    assert re.fullmatch(r"<secret [0-9a-f]{8}> 200\n", done.stdout), done.stderr
+
+
+def test_every_function_for_python_is_described() -> None:
+    """docs/python.md has a line for each, and for each error that it can raise."""
+    public = {
+        name
+        for name, one in vars(client).items()
+        if callable(one) and getattr(one, "__module__", "") == client.__name__ and name[0] != "_"
+    }
+    rows = re.findall(r"^\| `([\w.]+)", PYTHON.read_text(), re.MULTILINE)
+    errors = {kind.__name__ for kind in client._BY_STATUS.values()} | {"ValueError"}
+    assert {name.removeprefix("client.") for name in rows} == public | errors
+
+
 # Statuses
 
 
@@ -205,7 +367,7 @@ def test_every_status_is_explained() -> None:
     """So are those that click and the shell know."""
     rows = re.findall(r"^\| (\d+) \| (.+) \| .* \|$", EXIT_STATUS.read_text(), re.MULTILINE)
     used = {kind.exit_status for kind in CLASSES.values()}
-    assert {int(status) for status, _ in rows} == used | {0, 2, 130, 141}
+    assert {int(status) for status, _ in rows} == used | {0, 2, 127, 130, 141}
 
 
 # Links

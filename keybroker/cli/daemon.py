@@ -15,7 +15,9 @@ RELOAD_SECONDS = 5.0
 
 
 @click.command("daemon")
-@click.option("--log", type=click.Choice(["text", "json"]), default="text", help="How it speaks.")
+@click.option(
+    "--log", type=click.Choice(["text", "json"]), default="text", help="The form of its log."
+)
 @click.option("--stop", is_flag=True, help="End the one that runs.")
 def daemon_command(log: str, stop: bool) -> None:
     """Run the daemon: keys are ready before they are asked for, and replaced ahead of their end.

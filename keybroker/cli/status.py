@@ -44,7 +44,7 @@ LID = timedelta(hours=8)
 @for_profile
 @click.option("--watch", is_flag=True, help="Stay, and show every change.")
 @click.option(
-    "--lid", type=Duration(), default=LID, help="How long the lid may be closed, such as 8h."
+    "--lid", type=Duration(), default=LID, help="Will the key outlive a lid closed so long? 8h."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status_command(profile: str | None, watch: bool, lid: timedelta, as_json: bool) -> None:
