@@ -132,15 +132,17 @@ class Answers:
         now = time.monotonic()
         check = self.broker is not None and self.broker.handout(name) is not None
         until = now + (CHECK_SECONDS if check else KEY_SECONDS)
-        self._waiting.setdefault(name, []).append(_Waiting(client, asked, session, until, check))
+        waiting = self._waiting.setdefault(name, [])
+        looks = any(one.check for one in waiting)  # another look would keep them waiting
+        waiting.append(_Waiting(client, asked, session, until, check))
         client.send(wire.WAIT)
         if self.broker is None:
             return
-        if check:
+        if not check:
+            self.broker.ask(name)
+        elif not looks:
             self._checked[name] = now
             self.broker.check(name)
-        else:
-            self.broker.ask(name)
 
     def begin(self, broker: Broker) -> None:
         """Answer from this broker from now on."""
