@@ -530,6 +530,10 @@ class Daemon:
 
     def _watching(self, asked: Mapping[str, Any], client: Client) -> Job | None:
         if len(self._watchers) >= MOST_WATCHERS:
+            for one in self._watchers:
+                one.ready()  # it may be gone, and its end not be read yet
+            self._watchers = [one for one in self._watchers if not one.closed]
+        if len(self._watchers) >= MOST_WATCHERS:
             raise NotReady(f"{MOST_WATCHERS} programs watch already", hint="end one of them")
         self._watchers.append(client)
         self._tell_at = 0.0
