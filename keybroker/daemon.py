@@ -48,6 +48,7 @@ UNLOCK_SECONDS = (60.0, 3600.0)  # between two looks at a locked keyring: at fir
 ACT_SECONDS = 20.0  # for a command's request
 BORROWED_SECONDS = 0.1  # between two looks whether the lock is free again
 COMPACT_SECONDS = 30.0
+LISTEN_SECONDS = 2.0  # between two tries to listen where that cannot be done for now
 MOST_WRITTEN = 10 * COMPACT_ABOVE  # records; then nothing is begun until the journal is compacted
 STOP_SECONDS = 5.0  # for what is under way when the daemon is told to end
 TICK_SECONDS = 30.0  # where a wake-up cannot be told from sleep
@@ -114,6 +115,7 @@ class Daemon:
         self._compacting: int | None = None  # the request that compacts the journal
         self._written = 0  # records since the last time
         self._unlock_at, self._unlock_after = math.inf, UNLOCK_SECONDS[0]
+        self._listen_at = math.inf  # the socket is gone and could not be made again
         self._ends_at: float | None = None  # it was told to end
         self._borrower: Client | None = None  # who has the owner lock meanwhile
         self._lent = False
@@ -188,6 +190,10 @@ class Daemon:
             self._tell_news(self._broker)
         if now >= self._unlock_at and self._borrower is None:
             self._open_cache()
+        if now >= self._listen_at:
+            self._listen_at = math.inf
+            self._look_at_files()
+            self._watch_directories()
         self._server.tidy(now)
         self._answers.settle()
         if self._answers.named:
@@ -197,8 +203,9 @@ class Daemon:
         for file, reason in self._push.run(time.monotonic()):
             self._log.once("warning", f"{file} {reason}: {NOT_TOLD}", about=file)
         self._tell_watchers(now)
-        times = (self._pool.limit, self._unlock_at, self._ends_at, self._push.due())
-        wake += [at for at in (*times, self._server.due, self._answers.due) if at is not None]
+        times = [self._pool.limit, self._unlock_at, self._listen_at, self._ends_at]
+        times += [self._push.due(), self._server.due, self._answers.due]
+        wake += [at for at in times if at is not None]
         if self._watchers:
             wake.append(self._tell_at)
         return min(wake)
@@ -343,7 +350,8 @@ class Daemon:
             self._server.replace(listening.listen(self._path))
             self._write_guidance()
             self._log.say("warning", f"{self._path} was removed; it was made again")
-        except (OSError, ConfigError) as error:
+        except (OSError, ConfigError) as error:  # a logout took the folder; a login makes another
+            self._listen_at = time.monotonic() + LISTEN_SECONDS
             self._log.once("error", f"{self._path}: cannot listen ({error})", about="socket")
 
     def _watch_directories(self) -> None:

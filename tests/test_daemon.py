@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -275,6 +276,25 @@ def test_get_starts_a_daemon(resident: Resident, gateway: DevGateway) -> None:
     assert resident.owner() is None
     assert not resident.socket.exists()
     assert resident.cli("daemon", "--stop") == (0, "no daemon runs\n", "")
+
+
+def test_a_socket_that_is_gone_is_made_again(running: Resident) -> None:
+    """At once; where the folder cannot be made, as between a logout and a login, when it can."""
+    key, folder = running.key(), running.socket.parent
+    shutil.rmtree(folder)
+    until(running.listens)
+
+    assert running.process is not None
+    running.process.send_signal(signal.SIGSTOP)
+    shutil.rmtree(folder)
+    folder.touch()
+    running.process.send_signal(signal.SIGCONT)
+    until(lambda: "cannot listen" in running.said())
+    folder.unlink()
+    until(running.listens)
+    assert running.key() == key
+    shutil.rmtree(folder)  # it is watched again
+    until(running.listens)
 
 
 def test_the_helper_starts_one(resident: Resident, gateway: DevGateway) -> None:
