@@ -15,6 +15,7 @@ from pathlib import Path
 
 import keybroker
 from benchmarks.measure import UnmeasurableError
+from keybroker import paths, starting
 from keybroker.devgateway import DevGateway
 from tests.servers.processes import Child
 
@@ -205,10 +206,13 @@ def seconds_to(home: Home, ready: Callable[[], bool]) -> float:
     Raises:
         UnmeasurableError: It ended before, or took too long.
     """
+    state = paths.private_directory(paths.state_directory(home.environment))
+    paths.private_directory(home.socket.parent)
+    program = starting.command(state, home.socket, "text")  # what `keybroker daemon` becomes
     with open(home.path / "log", "ab") as log:
         files = [(os.POSIX_SPAWN_DUP2, log.fileno(), to) for to in (1, 2)]
         began = time.perf_counter()
-        pid = os.posix_spawn(DAEMON[0], DAEMON, home.environment, file_actions=files)
+        pid = os.posix_spawn(program[0], program, home.environment, file_actions=files)
     try:
         while not ready():
             time.sleep(POLL_SECONDS)

@@ -508,8 +508,7 @@ class Broker:
         at_work.asked = at_work.asked and self.credential(at_work.name) is None
         due = min(filter(None, (step.until, self._late_at(at_work))), default=None)
         if due is not None:
-            if at_work.policy.hold >= ROUNDED:  # many profiles, one wake-up
-                due = due.replace(microsecond=0) + timedelta(seconds=due.microsecond > 0)
+            due = _rounded(due, at_work)
             at_work.due = due
             heapq.heappush(self._heap, (due, at_work.name))
 
@@ -886,6 +885,19 @@ class Broker:
             retry_after=retry_after,
             final=final or not isinstance(error, SourceError),
         )
+
+
+def _rounded(due: datetime, at_work: _Profile) -> datetime:
+    """Put what is due together, a little later: many profiles, one wake-up."""
+    slots, policy = at_work.slots, at_work.policy
+    if policy.hold < ROUNDED:
+        return due
+    seconds = 1
+    calm = slots.failures == 0 and slots.next is None and not slots.rotate
+    if policy.kind is Kind.FOLLOWED and calm and not (slots.current and slots.current.refused_at):
+        seconds = max(1, int(policy.poll.total_seconds() / 60))
+    stamp = -(-due.timestamp() // seconds) * seconds
+    return datetime.fromtimestamp(stamp, UTC)
 
 
 def _by_earlier_clock(slots: Slots, instant: Instant, now: datetime) -> Slots:

@@ -11,6 +11,7 @@ import os
 import stat
 import sys
 import time
+import types
 
 from keybroker import kernel
 
@@ -183,6 +184,20 @@ def _raise_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (room, hard))
 
 
+class _Later(types.ModuleType):
+    """
+    A module that is loaded when it is used.
+
+    `urllib.parse`, which `pathlib` loads, wants `ipaddress` for IPv6 addresses in brackets alone;
+    the daemon would keep a quarter of a megabyte for it.
+    """
+
+    def __getattr__(self, name: str) -> object:
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(__import__(self.__name__), name)
+
+
 def main() -> None:
     """Run as the daemon: STATE SOCKET FORMAT, as `starting.command` writes it."""
     state, path, log = sys.argv[1:]
@@ -194,6 +209,7 @@ def main() -> None:
     if begun is None:
         sys.stderr.write("keybroker: another keybroker is at work on the same state directory\n")
         sys.exit(69)
+    sys.modules["ipaddress"] = _Later("ipaddress")
     from keybroker.daemon import run
 
     sys.exit(run(begun, state, path, log))

@@ -24,6 +24,7 @@ from keybroker.values import dataclass, field
 
 LONGEST_LINE = 1 << 20
 AHEAD = 2  # requests that a worker is given: the one that it does, and the next
+POLLS_AHEAD = 16  # of polls, whose answers come together
 REAP_SECONDS = 0.05  # between two looks whether a worker is over
 GRACE_SECONDS = 1.0  # what a worker gets beyond its own hard timer
 COMMAND = (sys.executable, "-I", "-m", "keybroker.worker")
@@ -119,7 +120,8 @@ class Pool:
         self._next_id += 1
         message = {"id": self._next_id, "op": op, "seconds": seconds}
         message.update({name: _encode(value) for name, value in values.items()})
-        request = _Request(self._next_id, json.dumps(message).encode() + b"\n", seconds)
+        ahead = POLLS_AHEAD if op == "poll" else AHEAD
+        request = _Request(self._next_id, json.dumps(message).encode() + b"\n", seconds, ahead)
         queue = self._queues.setdefault(kind, deque())
         if urgent:
             queue.appendleft(request)
@@ -191,7 +193,7 @@ class Pool:
                     return
                 self._workers[kind] = worker
                 self._selector.register(worker.pipe, selectors.EVENT_READ, worker)
-            if len(worker.waiting) >= AHEAD:
+            if len(worker.waiting) >= queue[0].ahead:
                 return
             if worker.send(queue[0]):
                 queue.popleft()
@@ -251,6 +253,7 @@ class _Request:
     id: int
     line: bytes = field(repr=False)  # may hold a key
     seconds: float
+    ahead: int
 
 
 class _Worker:
