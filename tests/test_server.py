@@ -208,10 +208,11 @@ def test_who_waits_is_answered_later(hall: Hall) -> None:
 
 def test_who_says_nothing_is_let_go(hall: Hall) -> None:
     """After two seconds, without a word; not before."""
+    began = time.monotonic()
     with hall.come() as one:
         due = hall.server.due
         assert due is not None
-        assert abs(due - time.monotonic() - LATE_SECONDS) < 1.0
+        assert began + LATE_SECONDS <= due <= time.monotonic() + LATE_SECONDS
 
         hall.server.tidy(due - 0.01)
         assert said(one) is None
@@ -477,7 +478,7 @@ def test_without_any_room_nobody_is_accepted_for_a_moment(hall: Hall) -> None:
             assert hall.turn() == 0  # whoever is at the door: the loop does not spin
             due = hall.server.due
             assert due is not None
-            assert 0 < due - time.monotonic() <= PAUSE_SECONDS
+            assert due <= time.monotonic() + PAUSE_SECONDS
             hall.server.tidy(due - 0.01)
             assert hall.turn() == 0
             assert hall.server.due == due
