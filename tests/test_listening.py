@@ -454,6 +454,26 @@ def test_what_takes_too_long_is_left(resident: Resident) -> None:
         until(lambda: len(gateway.live_keys()) == 1)
 
 
+def test_nothing_new_is_begun_at_the_end(resident: Resident) -> None:
+    """While something is finished, no other key is asked for, though a profile has none."""
+    with Slow() as gateway, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.bind(str(resident.home.path / "notify"))
+        told.settimeout(10)
+        configure(resident, gateway)
+        resident.start(NOTIFY_SOCKET=str(resident.home.path / "notify"))
+        assert gateway.reached.wait(10)
+        assert resident.process is not None
+        resident.process.send_signal(signal.SIGTERM)
+        while told.recv(100) != b"STOPPING=1":
+            pass
+        configure(resident, gateway, "work", "play")
+        until(lambda: len(resident.status()["profiles"]) == 2)
+        gateway.go.set()
+
+        assert ended(resident) == 0
+        assert {record.profile for record in Journal(resident.state).read()} == {"work"}
+
+
 def connections(resident: Resident) -> int:
     """Count the daemon's ends of its socket: one that listens, and its clients."""
     lines = Path("/proc/net/unix").read_text().splitlines()
