@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from keybroker import worker
 from keybroker.slots import Event
-from tests.world import STATE, World, profile
+from tests.world import STATE, DaemonWorld, World, profile
 
 HOUR = 3600.0
 FATES = ["ok", "down", "refuse", "drop", "lost", "late", "bad", "500", "500 and committed"]
@@ -313,3 +313,154 @@ def test_a_longer_hold_is_given_to_readers_of_a_lost_key() -> None:
     [lost] = made.slots.retired
     assert lost.revoke_at is not None
     assert lost.revoke_at - made.time.read().wall > timedelta(minutes=29)
+
+
+# The same with a daemon: it looks only at what changed or fell due, and is asked, told and checked.
+
+TOLD = st.one_of(
+    st.tuples(st.just("clock"), st.sampled_from([-7200.0, -90.0, 30.0, 90.0, 5400.0])),
+    st.tuples(st.just("check"), st.none()),
+    st.tuples(st.just("reread"), st.none()),
+    st.tuples(st.just("retry"), st.none()),
+    st.tuples(st.just("configure"), st.sampled_from(["15m", "20m"])),
+    st.tuples(st.just("lock"), st.none()),
+    st.tuples(st.just("unlock"), st.none()),
+)
+DAEMON = st.one_of(OPERATIONS, TOLD)
+HISTORY = st.lists(DAEMON, max_size=12)
+CHANCE = st.integers(0, 2**32).map(Random)
+
+
+def daemon(chance: Random | None = None) -> DaemonWorld:
+    made = DaemonWorld(profile(), chance.random if chance else lambda: 0.5)
+    worker.perform = made.perform
+    return made
+
+
+def tell(made: DaemonWorld, what: str, value: object) -> None:
+    """Let one thing happen to a daemon; then it goes to sleep."""
+    if what == "clock":
+        made.set_clock(value)  # type: ignore[arg-type]
+    elif what == "check":
+        made.broker.check(made.profile.name)
+    elif what == "reread":
+        made.broker.reread()
+    elif what == "retry":
+        made.broker.retry()
+    elif what == "configure":
+        made.profile = profile(hold=str(value))
+        made.broker.configure([made.profile])
+    elif what == "lock":
+        made.keyring = False
+        made.start()
+    elif what == "unlock" and not made.keyring:
+        made.unlock()
+    live(made, what, value)
+    if made.crash_at is None:
+        made.rest()
+
+
+def told(made: DaemonWorld, events: list[tuple[str, object]]) -> None:
+    for what, value in events:
+        tell(made, what, value)
+    made.gateway.plan.clear()
+    made.crash_at = None
+    if not made.keyring:
+        made.unlock()
+    made.turn()
+
+
+@COMMON
+@given(HISTORY, CHANCE)
+def test_promises_hold_over_any_history_of_a_daemon(
+    events: list[tuple[str, object]], chance: Random
+) -> None:
+    """No key is forgotten, no dead one handed out, and the daemon never sleeps too long."""
+    made = daemon(chance)
+    told(made, events)
+    assert made.overslept == []
+    assert made.most_alive <= made.profile.max_live
+    longest = max((str(value) for what, value in events if what == "configure"), default="15m")
+    if longest == "15m":  # else a reader of the time before has the shorter hold
+        check_readers(made)
+    made.set_clock(-made.time.error)
+    made.ask()
+    check_settled(made)
+    check_none_forgotten(made)
+
+
+@COMMON
+@given(HISTORY, CHANCE)
+def test_the_end_of_a_profile_revokes_all_and_mints_nothing(
+    events: list[tuple[str, object]], chance: Random
+) -> None:
+    """Whatever was before: no key lives on, and none is minted until somebody asks."""
+    made = daemon(chance)
+    told(made, events)
+    made.set_clock(-made.time.error)
+    made.run(60)  # what was under way is over
+    made.broker.end("work", "revoked by request")
+    made.run(1)
+    minted = len(made.gateway.mints)
+    made.run(2 * HOUR)
+    assert made.gateway.alive() == []
+    assert len(made.gateway.mints) == minted
+    assert made.ask() is not None
+
+
+@COMMON
+@given(HISTORY, CHANCE)
+def test_a_configuration_without_the_profile_forgets_no_key(
+    events: list[tuple[str, object]], chance: Random
+) -> None:
+    """They have their hold, and are revoked where they were minted; with it again, one is there."""
+    made = daemon(chance)
+    told(made, events)
+    made.set_clock(-made.time.error)
+    made.broker.configure([])
+    check_none_forgotten(made)
+    made.run(2 * HOUR)
+    assert made.gateway.alive() == []
+    made.broker.configure([made.profile])
+    assert made.ask() is not None
+
+
+@COMMON
+@given(
+    st.floats(0.0, HOUR),
+    st.lists(st.sampled_from(["ok", "down", "refuse", "drop", "lost"]), max_size=4),
+)
+def test_a_look_at_a_good_key_changes_nothing(after: float, fates: list[str]) -> None:
+    """However the gateway answers, short of refusing it: the key stays, and none is minted."""
+    made = daemon()
+    first = made.ask()
+    made.run(after)
+    made.gateway.plan = list(fates)
+    for _ in range(3):
+        made.broker.check("work")
+        made.run(20)
+        assert made.broker.checked("work")
+        assert made.ask() == first
+    assert len(made.gateway.mints) == 1
+
+
+@COMMON
+@given(st.floats(0.0, HOUR), st.booleans())
+def test_a_keyring_that_opens_late_costs_at_most_one_key(after: float, asked: bool) -> None:
+    """The sealed key is there again; had somebody asked, it has its hold and the new one stays."""
+    made = daemon()
+    first = made.ask()
+    made.keyring = False
+    made.start()
+    made.run(2)
+    second = made.ask() if asked else first
+    assert second is not None
+    assert (second == first) is not asked
+    made.run(after)
+    made.unlock()
+    made.turn()
+    assert made.ask() == second
+    assert len(made.gateway.mints) == (2 if asked else 1)
+    made.start()
+    assert made.ask() == second
+    check_readers(made)

@@ -363,3 +363,104 @@ class World:
     def slots(self) -> Slots:
         """What the journal knows, read anew."""
         return replay(Journal(STATE, self.disk).read()).get(self.profile.name, Slots())
+
+
+class DaemonWorld(World):
+    """
+    The same host with a daemon: only what changed or fell due is looked at, until it is killed.
+
+    Attributes:
+        keyring: Whether it is open. A daemon that starts while it is not has no sealed key, and
+            keeps a new one in memory.
+        overslept: What it would have done at once, had it looked at all profiles as it went to
+            sleep.
+    """
+
+    keyring = True
+    most = 8
+
+    def __init__(self, profile: Profile, roll: Callable[[], float] = lambda: 0.5) -> None:
+        self.overslept: list[str] = []
+        super().__init__(profile, roll)
+
+    def start(self) -> None:
+        operations = worker.Operations(
+            STATE,
+            {},
+            clock=self.time,
+            disk=self.disk,
+            build=lambda *_: GatewaySource(self.gateway),  # type: ignore[arg-type,return-value]
+            revoker=lambda *_: GatewaySource(self.gateway),  # type: ignore[arg-type,return-value]
+        )
+        self.workers = InProcess(operations)
+        self.journal = Journal(STATE, self.disk)
+        self.broker = Broker(
+            [self.profile],
+            self.journal.read(),
+            self.sealed() if self.keyring else {},
+            self.workers,
+            instance="0a1b2c3d",
+            wrap_key=WRAP_KEY if self.keyring else None,
+            locked=() if self.keyring else {self.profile.name},
+            keeps=True,
+            mints={self.profile.name},
+            clock=self.time,
+            roll=self.roll,
+            reread=self.journal.read,
+        )
+
+    def sealed(self) -> dict[str, Sealed]:
+        """Read the cache, as a worker's `open` does."""
+        name = self.profile.name
+        message = {"id": 0, "op": "load", "profile": name, "wrap_key": WRAP_KEY.reveal()}
+        reply = json.loads(json.dumps(worker.answer(self.workers.operations, message)))
+        sealed = Sealed.read(reply["ok"]["cached"]) if "ok" in reply else None
+        return {} if sealed is None else {name: sealed}
+
+    def unlock(self) -> None:
+        """Open the keyring; the daemon looks at it now."""
+        self.keyring = True
+        self.broker.unlock(WRAP_KEY, "OS keyring", self.sealed())
+
+    def turn(self) -> datetime | None:
+        try:
+            started = len(self.effects)
+            while True:
+                wake = self.broker.turn(self.most)
+                if not self.broker.busy and (wake is None or wake > self.time.read().wall):
+                    return wake
+                assert len(self.effects) - started < 300, f"no end: {self.effects[-12:]}"
+                self.broker.take(self.workers.receive(0))
+                self.watch()
+        except Crash:
+            self.start()
+            return self.broker.now()
+
+    def rest(self) -> None:
+        """Compare with who looks at all profiles: the daemon would sleep no longer than that."""
+        wake = self.turn()
+        busy = self.broker.busy
+        everything = self.broker.turn()
+        if self.broker.busy and not busy:
+            self.overslept.append("something was due, and the daemon would have slept")
+            self.turn()
+        elif everything is not None and (wake is None or wake > everything + timedelta(seconds=1)):
+            self.overslept.append(f"it would have slept until {wake}, not {everything}")
+
+    def set_clock(self, seconds: float) -> None:
+        """Set the wall clock; the kernel tells the daemon of that."""
+        self.time.error += seconds
+        self.broker.replan()
+
+    def ask(self) -> str | None:
+        """A client asks, and waits if there is no key; the daemon answers when it is settled."""
+        name = self.profile.name
+        found = self.broker.handout(name)
+        if found is None:
+            self.broker.ask(name)
+            self.turn()
+            found = self.broker.handout(name)
+        if found is None:
+            return None
+        self.handed_out.append(HandedOut(self.time.true, found.secret.reveal()))
+        return found.secret.reveal()
