@@ -20,6 +20,7 @@ LONGEST_TEXT = 200  # characters
 FIRST_SECONDS = 2.0  # until the first byte of an answer
 WAIT_SECONDS = 8.0  # in all; Claude Code says after ten that a helper is slow
 
+OTHER = b"KEYBROKER_CONFIG"  # whether the daemon at the usual place has it, `get` knows
 CLIENT_TTL_MS = b"300000"  # Claude Code's own, where nobody set another
 RUN_USER = b"/run/user"
 NAME = b"abcdefghijklmnopqrstuvwxyz0123456789_-"
@@ -160,6 +161,8 @@ def main(arguments: list[str], environment: dict[bytes, bytes]) -> int:
     except OSError:  # and the connection would take its place
         return _say("keybroker: output: stdout is closed", 74)
     try:
+        if not place and OTHER in environment:
+            raise OSError
         found = ask(place or find(environment), request(name, environment))
     except OSError:
         found = b""

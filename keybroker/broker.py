@@ -273,6 +273,10 @@ class Broker:
         good = slots.current is None or slots.current.refused_at is None
         return good or slots.failures > 0 or self.full(name)
 
+    def rests(self, name: str) -> bool:
+        """Say whether nothing is minted before somebody asks, since all was revoked."""
+        return self._profiles[name].resting
+
     def unlock(self, wrap_key: Secret, origin: str, sealed: Mapping[str, Sealed]) -> None:
         """Take the key of the cache, and what it opened, now that the keyring is open."""
         self._wrap_key, self._origin, self._locked = wrap_key, origin, ()
@@ -895,7 +899,7 @@ def _rounded(due: datetime, at_work: _Profile) -> datetime:
     seconds = 1
     calm = slots.failures == 0 and slots.next is None and not slots.rotate
     if policy.kind is Kind.FOLLOWED and calm and not (slots.current and slots.current.refused_at):
-        seconds = max(1, int(policy.poll.total_seconds() / 60))
+        seconds = max(1, min(60, int(policy.poll.total_seconds() / 10)))
     stamp = -(-due.timestamp() // seconds) * seconds
     return datetime.fromtimestamp(stamp, UTC)
 

@@ -12,6 +12,7 @@ library is loaded while a daemon answers; without one `keybroker get` is run, wh
 
 import os
 import sys
+from contextlib import suppress
 
 from keybroker import asking
 from keybroker.credential import Secret
@@ -50,10 +51,10 @@ def get(profile: str | None = None) -> Secret:
     if name != b"-" and not asking.is_name(name):
         raise ValueError("not a profile's name")
     request = asking.line(name, os.getpid(), b"0", b"")
-    try:
-        reply = asking.read_reply(asking.ask(asking.find(dict(os.environb)), request))
-    except OSError:
-        reply = None
+    environment, reply = dict(os.environb), None
+    if asking.OTHER not in environment:
+        with suppress(OSError):
+            reply = asking.read_reply(asking.ask(asking.find(environment), request))
     status, text = reply or _by_command(profile)
     if status != 0:
         message = text.removeprefix("keybroker: ")

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import keybroker
 from keybroker import __version__, guidance, kernel, listening, outcomes, paths, standing, wire
 from keybroker.answering import Answers, Job
 from keybroker.audit import Audit
@@ -53,6 +54,7 @@ MOST_WRITTEN = 10 * COMPACT_ABOVE  # records; then nothing is begun until the jo
 STOP_SECONDS = 5.0  # for what is under way when the daemon is told to end
 TICK_SECONDS = 30.0  # where a wake-up cannot be told from sleep
 LONGEST_SLEEP = 86_400.0
+PACKAGE = Path(keybroker.__file__)  # written anew by each installation
 MOST_WATCHERS = 16
 WATCH_APART = 0.2
 
@@ -107,6 +109,7 @@ class Daemon:
             self._answers.later,
             self._stranger,
         )
+        self._seen_package = _states([PACKAGE])
         self._seen_files = _states(self._config_files)
         self._seen_keys = _states(self._credential_files())
         self._broker: Broker | None = None
@@ -333,6 +336,9 @@ class Daemon:
     def _look_at_files(self) -> None:
         """Read what is new: configuration, credentials. Listen anew where the socket is gone."""
         files, keys = _states(self._config_files), _states(self._credential_files())
+        if _states([PACKAGE]) != self._seen_package and self._ends_at is None:
+            self._log.say("info", "keybroker was replaced; the next ask starts the new one")
+            self._begin_to_end()
         if files != self._seen_files:
             self._seen_files = files
             self._configure()
@@ -355,7 +361,7 @@ class Daemon:
             self._log.once("error", f"{self._path}: cannot listen ({error})", about="socket")
 
     def _watch_directories(self) -> None:
-        wanted = {Path(self._path).parent}
+        wanted = {Path(self._path).parent, PACKAGE.parent}
         for file in (*self._config_files, *self._credential_files()):
             wanted |= {file.parent, file.resolve().parent}  # a link, and what it leads to
         self._watch.directories(wanted)
@@ -528,6 +534,8 @@ class Daemon:
             raise problem
         if self._broker is not None:
             self._broker.retry()
+        if math.isfinite(self._unlock_at):
+            self._open_cache()
         client.send(wire.answer({"profiles": sorted(self._config.profiles)}), last=True)
         return None
 

@@ -50,7 +50,7 @@ def begin(state: str, path: str) -> Begun | None:
     kernel.close_to_debuggers()
     sockets = inherited()
     lock = _lock(os.path.join(state, "owner.lock"), "" if sockets else path)
-    if lock is None:
+    if lock is None or (not sockets and answers(path)):  # it has another state directory
         return None
     _raise_limit()
     made = not sockets
@@ -111,7 +111,8 @@ def record_owner(lock: int, path: str) -> None:
     """Say in the lock's file who has it and where to ask: for people, and for commands."""
     import json
 
-    text = json.dumps({"pid": os.getpid(), "socket": path}) + "\n"
+    config = os.environ.get("KEYBROKER_CONFIG", "")
+    text = json.dumps({"pid": os.getpid(), "socket": path, "config": config}) + "\n"
     os.ftruncate(lock, 0)
     os.pwrite(lock, text.encode(), 0)
 

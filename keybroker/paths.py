@@ -15,6 +15,7 @@ from pathlib import Path
 from keybroker import listening
 from keybroker.credential import sha256
 from keybroker.errors import ConfigError, JournalError
+from keybroker.values import dataclass
 
 OWNER_LOCK = "owner.lock"
 JOURNAL = "journal.jsonl"
@@ -245,11 +246,26 @@ def owner_lock_is_free(state: Path) -> bool:
     return held is not None
 
 
-def owners_socket(state: Path) -> Path | None:
-    """Return where the daemon that last had the owner lock listens, or did."""
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """
+    Who has the owner lock, by what is written into its file.
+
+    Attributes:
+        config: The daemon's `KEYBROKER_CONFIG`; empty: the usual files.
+    """
+
+    pid: int
+    socket: Path
+    config: str
+
+
+def owner(state: Path) -> Owner | None:
+    """Return the daemon that has the owner lock; None when nobody has it, or only a command."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        found = Disk().read(state / OWNER_LOCK)
-        return Path(json.loads(found or b"")["socket"])
+        found = json.loads(Disk().read(state / OWNER_LOCK) or b"")
+        if not owner_lock_is_free(state):
+            return Owner(int(found["pid"]), Path(found["socket"]), str(found.get("config", "")))
     return None
 
 

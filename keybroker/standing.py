@@ -42,6 +42,8 @@ def _row(broker: Broker, profile: Profile) -> dict[str, Any]:
     policy, slots, now = profile.policy, broker.slots(profile.name), broker.now(profile.name)
     current, trouble = slots.current, slots.trouble
     step, when = _next(slots, profile, now)
+    if broker.rests(profile.name) and current is None:
+        step, when = "mint when somebody asks", None
     row: dict[str, Any] = {
         "profile": profile.name,
         "source": str(profile.issuer),

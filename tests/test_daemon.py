@@ -370,6 +370,57 @@ def test_a_configuration_that_is_wrong_is_said(resident: Resident) -> None:
     assert resident.owner() is None
 
 
+def test_a_daemon_that_hangs_is_ended_all_the_same(running: Resident) -> None:
+    """By its process, which the owner lock names; status reads the disk meanwhile."""
+    key = running.key()
+    assert running.process is not None
+    running.process.send_signal(signal.SIGSTOP)
+    status, stdout, stderr = running.cli("status")
+    assert (status, stderr) == (0, "")
+    assert "nobody answers" in stdout
+    expected = f"killed process {running.process.pid}, which did not answer\n"
+    assert running.cli("daemon", "--stop") == (0, expected, "")
+    running.process.wait(10)
+    assert running.cli("get")[1] == f"{key}\n"
+
+
+def test_another_configuration_is_not_answered_with_this_ones_key(
+    running: Resident, gateway: DevGateway
+) -> None:
+    """Neither by a command nor by the helper: the one that runs has to be ended first."""
+    running.key()
+    other = running.home.path / "other.toml"
+    other.touch(0o600)
+    other.write_text(running.file.read_text())
+    running.environment["KEYBROKER_CONFIG"] = str(other)
+    for status, stdout, stderr in (running.cli("get", "work"), running.helper("work")):
+        assert (status, stdout) == (69, "")
+        assert stderr == (
+            "keybroker: the daemon that runs reads the usual configuration; "
+            "keybroker daemon --stop\n"
+        )
+    assert running.cli("daemon", "--stop")[0] == 0
+    status, stdout, _ = running.cli("get", "work")
+    assert (status, stdout[:3]) == (0, "sk-")
+    assert running.helper("work") == (0, stdout, "")
+    settings = running.cli("status")[1]
+    assert f"-IS '{HELPER}' {running.socket} 'work'" in settings
+
+
+def test_a_socket_of_another_state_directory_is_not_taken(
+    running: Resident, gateway: DevGateway
+) -> None:
+    """Two state directories and one runtime directory: the second daemon does not begin."""
+    key = running.key()
+    running.environment["XDG_STATE_HOME"] = str(running.home.path / "elsewhere")
+    status, stdout, stderr = running.cli("get", "--no-start")
+    assert (status, stdout) == (69, "")
+    assert "has another state directory" in stderr
+    status, _, stderr = running.cli("daemon")
+    assert status == 69
+    assert running.key() == key
+
+
 # the configuration, while it runs
 
 

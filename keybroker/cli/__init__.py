@@ -21,9 +21,10 @@ def _ask_daemon(profile: list[str]) -> int | None:
     from keybroker import asking
 
     name = profile[0].encode("utf-8", "replace") if profile else b"-"
-    if len(profile) > 1 or not (name == b"-" or asking.is_name(name)):
-        return None
     environment = dict(os.environb)
+    named = len(profile) < 2 and (name == b"-" or asking.is_name(name))
+    if not named or asking.OTHER in environment:
+        return None
     try:
         reply = asking.read_reply(
             asking.ask(asking.find(environment), asking.request(name, environment))

@@ -1,7 +1,9 @@
 """daemon, reload: the resident process, from the command line."""
 
 import os
+import signal
 import time
+from pathlib import Path
 
 import click
 
@@ -10,6 +12,7 @@ from keybroker.cli.base import print_json
 from keybroker.cli.work import configuration, daemon_socket, state
 from keybroker.errors import NobodyAnswers
 
+ANSWER_SECONDS = 3.0
 STOP_SECONDS = 10.0
 RELOAD_SECONDS = 5.0
 
@@ -26,7 +29,7 @@ def daemon_command(log: str, stop: bool) -> None:
     when none runs; what that one says is in daemon.log beside the journal.
     """
     if stop:
-        print("stopped" if _end() else "no daemon runs")
+        print(_end())
         return
     configuration()  # what is wrong with it is said here, with file and line
     socket = paths.socket_path(os.environ)
@@ -50,18 +53,33 @@ def reload_command(as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:
-        print(f"reloaded: {len(found['profiles'])} profiles")
+        count = len(found["profiles"])
+        print(f"reloaded: {count} profile{'' if count == 1 else 's'}")
 
 
-def _end() -> bool:
-    """End the running daemon and wait for it; False if none runs."""
-    socket = daemon_socket()
-    if socket is None:
+def _end() -> str:
+    """End the running daemon, whatever its configuration; say what became of it."""
+    found = paths.owner(state())
+    if found is None or not listening.answers(str(found.socket)):
+        return "no daemon runs"
+    try:
+        wire.control(found.socket, "stop", ANSWER_SECONDS)
+        until = time.monotonic() + STOP_SECONDS
+        while not paths.owner_lock_is_free(state()):
+            if time.monotonic() > until:
+                raise NobodyAnswers(f"the daemon at {found.socket} does not end")
+            time.sleep(0.02)
+    except NobodyAnswers:
+        if not _is_daemon(found.pid):
+            raise
+        os.kill(found.pid, signal.SIGKILL)  # nothing is lost by it: what was under way is looked up
+        return f"killed process {found.pid}, which did not answer"
+    return "stopped"
+
+
+def _is_daemon(pid: int) -> bool:
+    """Say whether that process is what we start as a daemon (Linux)."""
+    try:
+        return b"keybroker.listening" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
         return False
-    wire.control(socket, "stop", STOP_SECONDS)
-    until = time.monotonic() + STOP_SECONDS
-    while listening.answers(str(socket)) or not paths.owner_lock_is_free(state()):
-        if time.monotonic() > until:
-            raise NobodyAnswers(f"the daemon at {socket} does not end")
-        time.sleep(0.02)
-    return True

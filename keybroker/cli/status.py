@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from keybroker import standing, wire
+from keybroker import paths, standing, wire
 from keybroker.audit import Audit
 from keybroker.cli.base import (
     Duration,
@@ -25,7 +25,7 @@ from keybroker.config import Config
 from keybroker.credential import Phase
 from keybroker.errors import JournalError, NobodyAnswers
 
-SECONDS = 12.0
+SECONDS = 4.0
 
 COLOURS = {
     Phase.FRESH: "green",
@@ -75,14 +75,18 @@ def status_command(profile: str | None, watch: bool, lid: timedelta, as_json: bo
 def _standing(config: Config, profile: str | None) -> dict[str, Any]:
     """Return how things stand: from the daemon, else from what is on disk."""
     socket = daemon_socket()
+    lost: list[str] = []
     if socket is not None:
-        return {"lost": [], **wire.control(socket, "status", SECONDS)}
+        try:
+            return {"lost": lost, **wire.control(socket, "status", SECONDS)}
+        except NobodyAnswers as error:
+            lost.append(f"{error.message}; keybroker daemon --stop")
     chosen = [config.profile(profile)] if profile else list(config.profiles.values())
     with desk(config, lock=None) as at:
         return {
             "daemon": None,
             "cache": at.wrap_key.origin,
-            "lost": at.lost,
+            "lost": lost + at.lost,
             "profiles": standing.rows(at.broker, chosen),
             "unconfigured": standing.unconfigured(at.broker, config.profiles),
             "push": None,
@@ -168,7 +172,10 @@ def helper_line(profile: str) -> str:
         for word in (sys.executable, place, profile)
     )
     python, helper, name = quoted
-    return f"exec {python} -IS {helper} - {name}"
+    socket = "-"
+    if "KEYBROKER_CONFIG" in os.environ:  # its daemon is asked, whatever the client's has
+        socket = shlex.quote(str(paths.socket_path(os.environ)))
+    return f"exec {python} -IS {helper} {socket} {name}"
 
 
 def _last_failures(where: Path) -> dict[str, dict[str, Any]]:

@@ -45,10 +45,26 @@ def state() -> Path:
 
 
 def daemon_socket() -> Path | None:
-    """Return where a daemon answers: at the usual place, or where the owner says that it does."""
-    for found in (paths.socket_path(os.environ), paths.owners_socket(state())):
-        if found is not None and listening.answers(str(found)):
-            return found
+    """
+    Return where our daemon answers; None when none runs.
+
+    Raises:
+        NobodyAnswers: The one that runs has another configuration, or another state directory.
+    """
+    found = paths.owner(state())
+    if found is not None and listening.answers(str(found.socket)):
+        if found.config != os.environ.get("KEYBROKER_CONFIG", ""):
+            raise NobodyAnswers(
+                f"the daemon that runs reads {found.config or 'the usual configuration'}",
+                hint="keybroker daemon --stop",
+            )
+        return found.socket
+    usual = paths.socket_path(os.environ)
+    if listening.answers(str(usual)) and paths.owner(state()) is None:
+        raise NobodyAnswers(
+            f"the daemon at {usual} has another state directory",
+            hint="give each a runtime directory of its own",
+        )
     return None
 
 

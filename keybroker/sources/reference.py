@@ -36,7 +36,8 @@ def resolve(reference: Reference, environment: Mapping[str, str]) -> Secret:
 
 def _variable(name: str, environment: Mapping[str, str]) -> str:
     if name not in environment:
-        raise ConfigError(f"reference env:{name}: the variable is not set", hint=f"set {name}")
+        hint = f"set {name}; a daemon that runs without it: keybroker daemon --stop"
+        raise ConfigError(f"reference env:{name}: the variable is not set", hint=hint)
     return environment[name].strip()
 
 
