@@ -27,6 +27,7 @@ HOUR = 3600
 HOLD = 3.0
 LIFE = timedelta(hours=2)
 LIBRARIES = ("/usr/lib/*/faketime/libfaketime.so.1", "/usr/local/lib/faketime/libfaketime.so.1")
+SHARED = Path("/dev/shm")
 CLOCKS = """
 import time
 read = time.clock_gettime
@@ -165,10 +166,15 @@ def fingerprint(key: str) -> str:
 @pytest.fixture
 def silent(resident: Resident) -> Iterator[Laptop]:
     """A laptop without a daemon."""
+    before = set(SHARED.glob("*faketime*"))
     made = Laptop(resident)
     with made.gateway:
         yield made
+    resident.stop()
     os.close(made.ringing)
+    for left in set(SHARED.glob("*faketime*")) - before:  # of processes that were killed
+        if not Path(f"/proc/{left.name.rpartition('_')[2]}").exists():
+            left.unlink(missing_ok=True)
 
 
 @pytest.fixture
