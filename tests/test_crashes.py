@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ import pytest
 
 from keybroker.devgateway import DevGateway
 from keybroker.worker import EFFECTS
+from tests.crash.resident import PATIENCE_SECONDS, Resident, plan
 from tests.crash.stage import HOLD, Stage, violations
 from tests.servers.faults import Faults, PauseResponse, Status
 from tests.servers.litellm import LiteLLM
@@ -40,12 +42,17 @@ COMMANDS = {
     **dict.fromkeys(("retired", "revoke", "gone", "forget"), "revoke"),
     **dict.fromkeys(("find", "looked"), "get"),
 }
-CASES = [(effect, when, who) for effect in EFFECTS for when in WHEN for who in WHO]
+# Each effect has each end, each end each victim; the daemon's matrix has all of them together.
+CASES = [
+    (effect, when, WHO[(number + turn) % 3])
+    for number, effect in enumerate(EFFECTS)
+    for turn, when in enumerate(WHEN)
+]
 DATABASE_IS_OUT = Status(
     500, {}, b'{"error": {"message": "{\'error\': \'Internal Server Error.\'}", "code": "500"}}'
 )
 SETTLED_SECONDS = 8.5  # the call's deadline, and the second look-up after it
-KILLS = 300
+KILLS = 150
 AT_ONCE = 4
 
 
@@ -146,11 +153,12 @@ def test_matrix(litellm: LiteLLM) -> None:
         together(made, lambda stage: crash(stage, *cases[id(stage)]))
         settle(made)
         judged = {case: violations(stage, litellm) for case, stage in zip(CASES, made, strict=True)}
-    assert {case: found for case, found in judged.items() if found} == {}
+    wrong = {case: found for case, found in judged.items() if found}
+    assert wrong == {}, "\n\n".join(f"{case}: {found}" for case, found in wrong.items())
 
 
 def test_kills_at_random_times(litellm: LiteLLM) -> None:
-    """Three hundred kills at any moment of any command: no key forgotten, no dead key printed."""
+    """150 kills at any moment of any command: no key is forgotten, no dead key printed."""
     count = 6
     hits = []
 
@@ -182,6 +190,201 @@ def test_kills_at_random_times(litellm: LiteLLM) -> None:
         judged = [violations(stage, litellm) for stage in made]
     assert judged == [[]] * count
     assert hits == [], "too few of the commands were still there to be killed"
+
+
+# The same with the daemon, whose reader goes on asking while it dies and is started again.
+
+AT_HOME = ("worker", "daemon", "both")
+DOES = {
+    **dict.fromkeys(("wanted", "issue", "have", "answered", "verify", "seal", "swap"), "rotate"),
+    **dict.fromkeys(("find", "looked", "answer"), "rotate"),
+    **dict.fromkeys(("retired", "revoke", "gone", "forget"), "revoke"),
+}
+# What leaves an open label to be looked up: the key came to be, or it did not.
+INTERRUPTED = {"find": plan("issue", "after", "both"), "looked": plan("issue", "before", "both")}
+RESTART_SECONDS = 10.0  # from a death to the first words of the next daemon; it waits for a worker
+MINT_SECONDS = 10.0  # from there to a key, if none was left
+AGAIN_SECONDS = 4.0
+RESIDENTS = 14  # at once
+RANDOM_KILLS = 100
+SEED = 20_261_121
+
+
+def test_every_effect_has_its_request() -> None:
+    """The list of effects and the daemon's matrix name the same things."""
+    assert set(DOES) == set(EFFECTS)
+
+
+def crash_at_home(home: Resident, effect: str, when: str, who: str) -> None:
+    """Have the daemon do what leads to the effect, and somebody die there."""
+    first = [INTERRUPTED[effect]] if effect in INTERRUPTED else []
+    planned, deaths = home.died() + len(first), len(home.deaths) + len(first) + (who != "worker")
+    if effect == "answered":
+        assert home.wire is not None
+        home.wire.next(DATABASE_IS_OUT, path="/key/generate")
+    if not (when == "during" and effect in ON_THE_WIRE):
+        home.plan(*first, plan(effect, when, who))
+        asked = insist(home, DOES[effect], lambda: home.died() == planned + 1)
+    else:
+        assert home.wire is not None
+        pause = PauseResponse(at_most=20.0)
+        home.wire.next(pause, path=ON_THE_WIRE[effect])
+        home.plan(*first, plan("none", when, who))  # by which a worker knows who is to die
+        asked = insist(home, DOES[effect], pause.reached.is_set)
+        assert home.kill(who)
+        home.plan()
+        pause.release.set()
+    until(lambda: len(home.deaths) == deaths, home)
+    asked.join(PATIENCE_SECONDS)
+    home.until_read()
+    until(lambda: all(one.looks for one in home.slots.open), home)
+
+
+def insist(home: Resident, op: str, done: Callable[[], bool]) -> threading.Thread:
+    """Ask until it is done; a rotation that is asked for amid another is one with it."""
+    ends = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        asked = home.say(op)
+        again = time.monotonic() + (AGAIN_SECONDS if op == "rotate" else PATIENCE_SECONDS)
+        while time.monotonic() < again:
+            if done():
+                return asked
+            time.sleep(0.02)
+        assert again < ends, home.log()
+
+
+def until(done: Callable[[], bool], home: Resident) -> None:
+    ends = time.monotonic() + PATIENCE_SECONDS
+    while not done():
+        assert time.monotonic() < ends, home.log()
+        time.sleep(0.02)
+
+
+def settled_at_home(home: Resident, litellm: LiteLLM) -> list[str]:
+    """Judge once all is looked up and revoked, which the daemon does by itself."""
+    time.sleep(SETTLED_SECONDS + HOLD.total_seconds())
+    home.until_read()
+    for _ in range(3):
+        if not (found := violations(home, litellm)):
+            break
+        time.sleep(HOLD.total_seconds())
+    return found
+
+
+def lacking(home: Resident) -> list[str]:
+    """Say when the reader was without a key for longer than a restart, and a mint, take."""
+    found = []
+    gaps = home.gaps()
+    if len(gaps) != len(home.deaths):
+        found.append("the reader never got a key again")
+    for gap in gaps:
+        if gap.heard - gap.died > RESTART_SECONDS:
+            found.append(f"nobody answered for {gap.heard - gap.died:.1f} s")
+        if gap.got - gap.heard > MINT_SECONDS:
+            found.append(f"there was no key for {gap.got - gap.heard:.1f} s after a restart")
+    if home.longest() > RESTART_SECONDS + MINT_SECONDS:
+        found.append(f"the reader had no key for {home.longest():.1f} s")
+    return found
+
+
+def test_matrix_of_the_daemon(litellm: LiteLLM) -> None:
+    """A worker, the daemon or both die at every effect: no key is forgotten, none is missed."""
+    figures: list[Resident] = []
+
+    def live(case: tuple[str, str]) -> list[str]:
+        effect, when = case
+        who = "nobody"
+        with ExitStack() as stack:
+            wire = None
+            if needs_wire(effect, when, ""):
+                wire = stack.enter_context(Faults(litellm.url))
+            url = litellm.url if wire is None else wire.url
+            home = stack.enter_context(Resident(url, litellm.master_key, wire))
+            try:
+                home.until_read()
+                for who in AT_HOME:
+                    crash_at_home(home, effect, when, who)
+            except AssertionError as error:
+                return [f"{who}: {error}"]
+            found = settled_at_home(home, litellm) + lacking(home)
+            expected = 2 + 3 * (effect in INTERRUPTED)
+            if len(home.deaths) != expected:  # one that was not planned
+                found.append(f"the daemon died {len(home.deaths)} times, not {expected}")
+            figures.append(home)
+            return found
+
+    cases = [(effect, when) for effect in EFFECTS for when in WHEN]
+    with ThreadPoolExecutor(RESIDENTS) as pool:
+        judged = dict(zip(cases, pool.map(live, cases), strict=True))
+    tell(figures)
+    wrong = {case: found for case, found in judged.items() if found}
+    assert wrong == {}, "\n\n".join(f"{case}: {found}" for case, found in wrong.items())
+
+
+def tell(homes: list[Resident]) -> None:
+    """Print what was measured."""
+    gaps = [gap for home in homes for gap in home.gaps()]
+    silent = sorted(gap.heard - gap.died for gap in gaps)
+    without = sorted(gap.got - gap.died for gap in gaps)
+    print(
+        f"\n{len(gaps)} deaths of the daemon; until the next one answered: median "
+        f"{silent[len(silent) // 2]:.2f} s, longest {silent[-1]:.2f} s; until the reader had a "
+        f"key: median {without[len(without) // 2]:.2f} s, longest {without[-1]:.2f} s; "
+        f"the longest between two keys: {max(home.longest() for home in homes):.2f} s; "
+        f"{sum(len(home.asked) for home in homes)} questions"
+    )
+
+
+def test_kills_of_the_daemon_at_random_times(litellm: LiteLLM) -> None:
+    """A hundred kills; the helper starts the next daemon, and what it prints is alive."""
+    count = 5
+    hits: list[int] = []
+    print(f"\nseed {SEED}")
+
+    def live(number: int, home: Resident) -> None:
+        chance = random.Random(SEED + number)
+        done = home.helper()
+        assert done.returncode == 0, done.stderr
+        own = 0
+        for _ in range(6 * RANDOM_KILLS // count):
+            if own >= RANDOM_KILLS // count:
+                break
+            for _ in range(chance.randrange(3)):
+                home.helper()
+            if chance.random() < 0.7:
+                home.say("rotate", 5.0)
+            time.sleep(chance.uniform(0.0, 0.9))
+            if home.kill(who := chance.choice(AT_HOME)):
+                own += 1
+                if who != "worker":
+                    home.deaths.append(time.monotonic())
+            home.helper()
+        hits.append(own)
+        since = time.monotonic()
+        while home.helper().returncode != 0:
+            assert time.monotonic() < since + 90
+        while time.monotonic() < since + SETTLED_SECONDS + HOLD.total_seconds():
+            home.helper()
+            time.sleep(0.5)
+
+    with ExitStack() as stack:
+        homes = [
+            stack.enter_context(
+                Resident(litellm.url, litellm.master_key, revive=False, reads=False)
+            )
+            for _ in range(count)
+        ]
+        with ThreadPoolExecutor(count) as pool:
+            for done in [pool.submit(live, *one) for one in enumerate(homes)]:
+                done.result()
+        judged = [violations(home, litellm) for home in homes]
+        failed = sum(one.got is None for home in homes for one in home.asked)
+        longest = max(home.longest() for home in homes)
+    tell(homes)
+    print(f"{sum(hits)} kills, {failed} helpers without a key")
+    assert judged == [[]] * count
+    assert hits == [RANDOM_KILLS // count] * count
+    assert longest <= RESTART_SECONDS + MINT_SECONDS
 
 
 # Each mutant breaks one mechanism; the same judge must see it.
@@ -278,6 +481,84 @@ def _prefix(stage: Stage) -> str:
     return f"kb-{stage.instance}-"
 
 
+def mints(home: Stage, litellm: LiteLLM) -> int:
+    """Count the keys that were ever minted for a stage."""
+    rows = [*litellm.key_rows(), *litellm.deleted_key_rows()]
+    return sum(str(row["key_alias"]).startswith(_prefix(home)) for row in rows)
+
+
+def two_daemons(litellm: LiteLLM, mutant: str | None) -> list[str]:
+    """Three daemons are started at once, as by three helpers."""
+    with Resident(
+        litellm.url, litellm.master_key, mutant=mutant, revive=False, reads=False
+    ) as home:
+        daemons = [home.spawn() for _ in range(3)]
+        try:
+            until(lambda: home.ask() is not None, home)
+            until(lambda: sum(one.poll() is None for one in daemons) == 1 or bool(mutant), home)
+            until(lambda: mints(home, litellm) > (1 if mutant else 0), home)
+            count = mints(home, litellm)
+            return [] if count == 1 else [f"{count} keys were minted, not one"]
+        finally:
+            for one in daemons:
+                one.kill()
+                one.wait()
+
+
+def locked_key_is_lost(litellm: LiteLLM, mutant: str | None) -> list[str]:
+    """The daemon starts before the keyring is opened, and nobody asks until it is."""
+    with Resident(litellm.url, litellm.master_key, mutant=mutant, reads=False) as home:
+        until(lambda: home.ask() is not None, home)
+        home.locked.touch()
+        home.kill("both")
+        until(lambda: len(home.deaths) == 1, home)
+        until(lambda: "the keyring is locked" in home.log(), home)
+        time.sleep(2 * HOLD.total_seconds())
+        home.locked.unlink()
+        until(lambda: "keys are sealed with the key file" in home.log(), home)
+        until(lambda: home.ask() is not None, home)
+        found = violations(home, litellm)
+        return found + ([] if mints(home, litellm) == 1 else ["the sealed key was replaced"])
+
+
+def workers_without_the_lock(litellm: LiteLLM, mutant: str | None) -> list[str]:
+    """The daemon dies while its worker, which lives on, waits for a key that is minted already."""
+    with Faults(litellm.url) as wire, ExitStack() as stack:
+        pause = PauseResponse(at_most=2 * PATIENCE_SECONDS)
+        wire.next(pause, path="/key/generate")
+        home = Resident(wire.url, litellm.master_key, wire, mutant=mutant, reads=False)
+        home.plan(plan("none", "during", "daemon"))
+        stack.enter_context(home)
+        assert pause.reached.wait(PATIENCE_SECONDS)
+        home.kill("daemon")
+        until(lambda: len(home.deaths) == 1, home)
+        time.sleep(1.5)  # what the next one would do at once; the worker's call ends after three
+        count = mints(home, litellm)
+        pause.release.set()
+        until(lambda: home.ask() is not None, home)
+        return [] if count == 1 else ["another key was minted while a worker still ran"]
+
+
+def answer_before_the_seal(litellm: LiteLLM, mutant: str | None) -> list[str]:
+    """Daemon and worker die with a new key that is verified and not yet sealed."""
+    with (
+        Faults(litellm.url) as wire,
+        Resident(wire.url, litellm.master_key, wire, mutant=mutant) as home,
+    ):
+        home.until_read()
+        pause = PauseResponse(at_most=PATIENCE_SECONDS)
+        home.wire = wire
+        home.plan(plan("seal", "before", "both"))
+        wire.next(pause, path="/v1/models")
+        home.say("rotate")
+        assert pause.reached.wait(PATIENCE_SECONDS)
+        home.until_read()
+        pause.release.set()
+        until(lambda: len(home.deaths) == 1, home)
+        home.until_read()
+        return settled_at_home(home, litellm)
+
+
 MUTANTS = {
     "label after the call": label_after_the_call,
     "no lock": no_lock,
@@ -286,6 +567,10 @@ MUTANTS = {
     "404 from any issuer": from_any_issuer,
     "verify skipped": verify_skipped,
     "adopt without check": adopt_without_check,
+    "two daemons": two_daemons,
+    "a locked key is lost": locked_key_is_lost,
+    "workers without the lock": workers_without_the_lock,
+    "answer before the seal": answer_before_the_seal,
 }  # and "no sync", which no kill can show, in test_sync.py
 
 

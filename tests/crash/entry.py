@@ -1,46 +1,86 @@
 """
-Start keybroker's command or worker with a death, or a mutation, planned.
+Start keybroker's command, daemon or worker with a death, or a mutation, planned.
 
     python entry.py command PLAN get work
+    python entry.py daemon PLAN STATE SOCKET text
     python entry.py worker PLAN PARENT STATE
 
-PLAN is JSON: {"effect": "issue", "when": "before", "who": "worker", "mutant": null}. The package
-itself has no hook for this: what is replaced here is `worker.perform`, through which every effect
-passes, and single functions for the mutants.
+PLAN is JSON: {"effect": "issue", "when": "before", "who": "worker", "mutant": null}. A daemon's
+workers die by a file instead, {"armed": "/path"}, which has one such object a line: the first is
+armed, and taken out as it is used. The package itself has no hook for this: what is replaced here
+is `worker.perform`, through which every effect passes, and single functions for the mutants.
 """
 
+import ctypes
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from keybroker.values import replace
 
 ENTRY = os.path.abspath(__file__)
+DIED: Path | None = None  # where those who die say so
 
 
 def die(who: str) -> None:
-    """End the worker that runs this, its command, or both, as kill -9 does."""
+    """End the worker that runs this, its parent (a command or the daemon), or both, by kill -9."""
+    global DIED
     parent = int(sys.argv[1])
-    if who in ("command", "both") and os.getppid() == parent:  # never a later parent
+    if DIED is not None:
+        with open(DIED, "a") as file:
+            file.write(f"{who}\n")
+        DIED = None
+    if who != "worker" and os.getppid() == parent:  # never a later parent
         os.kill(parent, signal.SIGKILL)
     if who in ("worker", "both"):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def outlive_parent() -> None:
+    """Live on without a parent, as where there is no parent-death signal."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, 0)
+
+
+def armed(file: Path, effect: str) -> dict[str, Any] | None:
+    """Return the plan for this effect, which is used with that; None when it is not its turn."""
+    try:
+        first, _, rest = file.read_text().partition("\n")
+    except FileNotFoundError:
+        return None
+    if not first:
+        return None
+    plan: dict[str, Any] = json.loads(first)
+    if plan["who"] == "daemon":
+        outlive_parent()
+    if plan["effect"] != effect:
+        return None
+    global DIED
+    DIED = file.with_name("died")
+    draft = file.with_name(f"plan.{os.getpid()}")
+    draft.write_text(rest)
+    draft.replace(file)
+    return plan
 
 
 def plan_death(plan: dict[str, Any]) -> None:
     """Replace what does effects by what dies at one of them."""
     from keybroker import paths, worker
 
-    effect, when, who = plan["effect"], plan["when"], plan["who"]
     perform = worker.perform
 
     def killing(name: str, call: Callable[[], Any]) -> Any:
-        if name != effect:
+        now: dict[str, Any] | None = plan
+        if "armed" in plan:
+            now = armed(Path(plan["armed"]), name)
+        if now is None or name != now["effect"]:
             return perform(name, call)
+        when, who = now["when"], now["who"]
         if when == "before":
             die(who)
         if when == "during":
@@ -148,8 +188,55 @@ def mutate(name: str) -> None:
             at_work.anchor = sealed.anchor
 
         broker.Broker._adopt = adopt  # type: ignore[method-assign]
+    elif name == "two daemons":
+        from keybroker import listening
+
+        def take(file: str, path: str) -> int:
+            return os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+        listening._lock = take
+    elif name == "a locked key is lost":
+        begin = broker.Broker.__init__
+
+        def begin_without(self: Any, *args: Any, **values: Any) -> None:
+            begin(self, *args, **{**values, "locked": ()})
+
+        broker.Broker.__init__ = begin_without  # type: ignore[method-assign]
+    elif name == "workers without the lock":
+        from keybroker import pool
+
+        make = pool.Pool.__init__
+
+        def make_without(self: Any, state: Any, environment: Any, lock: Any, *rest: Any) -> None:
+            make(self, state, environment, None, *rest)
+
+        pool.Pool.__init__ = make_without  # type: ignore[method-assign,assignment]
+    elif name == "answer before the seal":
+        settled = broker.Broker.credential
+
+        def early(self: Any, profile: str) -> Any:
+            new = self._profiles[profile].slots.next
+            unsealed = new and self._profiles[profile].secrets.get(new.label)
+            return unsealed or settled(self, profile)
+
+        broker.Broker.credential = early  # type: ignore[method-assign,assignment]
     else:
         raise ValueError(name)
+
+
+def lock_keyring(file: Path) -> None:
+    """Have what seals the cache be out of reach while a file is there."""
+    from keybroker import cache, worker
+    from keybroker.errors import CacheLocked
+
+    find = cache.find_wrap_key
+
+    def find_or_not(*arguments: Any) -> Any:
+        if file.exists():
+            raise CacheLocked("cache: the keyring is locked")
+        return find(*arguments)
+
+    worker.find_wrap_key = find_or_not  # type: ignore[attr-defined]
 
 
 def main() -> None:
@@ -160,12 +247,24 @@ def main() -> None:
     if role == "worker":
         from keybroker import worker
 
-        if plan.get("effect"):
+        if plan.get("effect") or plan.get("armed"):
             plan_death(plan)
+        if plan.get("locked"):
+            lock_keyring(Path(plan["locked"]))
         if plan.get("who") == "command":  # where there is no parent-death signal, it lives on
             worker._bind_to_parent = lambda parent: None
         sys.argv = ["worker", *arguments]
         worker.main()
+    elif role == "daemon":
+        from keybroker import listening, pool
+
+        pool.COMMAND = (sys.executable, ENTRY, "worker", text)
+        if plan.get("locked"):
+            from keybroker import daemon
+
+            daemon.UNLOCK_SECONDS = (0.2, 0.2)
+        sys.argv = ["keybroker", *arguments]
+        listening.main()
     else:
         from keybroker import cli, pool
 

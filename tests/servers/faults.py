@@ -444,6 +444,11 @@ class Faults:
         self.close()
 
     @property
+    def behind(self) -> str:
+        """The gateway itself."""
+        return f"http://{self._upstream[0]}:{self._upstream[1]}{self._base}"
+
+    @property
     def url(self) -> str:
         """What the client is given for the gateway."""
         return f"http://127.0.0.1:{self._port}{self._base}"
