@@ -50,7 +50,7 @@ def begin(state: str, path: str) -> Begun | None:
     kernel.close_to_debuggers()
     sockets = inherited()
     lock = _lock(os.path.join(state, "owner.lock"), "" if sockets else path)
-    if lock is None or (not sockets and answers(path)):  # it has another state directory
+    if lock is None:
         return None
     _raise_limit()
     made = not sockets
