@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from tests.resident import Home as Home
-from tests.resident import Resident
+from tests.resident import Resident, fresh_home
 from tests.servers import claude
 from tests.servers.keyring import Keyring
 from tests.servers.litellm import LiteLLM
@@ -24,24 +20,9 @@ settings.load_profile("keybroker")
 
 @pytest.fixture
 def home() -> Iterator[Home]:
-    """A fresh HOME with every XDG folder below it; nothing of the caller's environment."""
-    with tempfile.TemporaryDirectory(prefix="kb-", ignore_cleanup_errors=True) as temporary:
-        path = Path(temporary)
-        environment = {
-            "PATH": f"{Path(sys.executable).parent}:{os.defpath}",
-            "HOME": str(path),
-            "LANG": "C.UTF-8",
-        }
-        for name, below in {
-            "XDG_CONFIG_HOME": ".config",
-            "XDG_DATA_HOME": ".local/share",
-            "XDG_STATE_HOME": ".local/state",
-            "XDG_CACHE_HOME": ".cache",
-            "XDG_RUNTIME_DIR": "run",
-        }.items():
-            (path / below).mkdir(mode=0o700, parents=True)
-            environment[name] = str(path / below)
-        yield Home(path, environment)
+    """A fresh HOME; nothing of the caller's environment."""
+    with fresh_home() as made:
+        yield made
 
 
 @pytest.fixture

@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,12 +29,34 @@ class Home(NamedTuple):
     environment: dict[str, str]
 
 
-def until(what: Callable[[], T], seconds: float = 15.0) -> T:
+@contextmanager
+def fresh_home() -> Iterator[Home]:
+    """Make a HOME with every XDG folder below it; nothing of the caller's environment."""
+    with tempfile.TemporaryDirectory(prefix="kb-", ignore_cleanup_errors=True) as temporary:
+        path = Path(temporary)
+        environment = {
+            "PATH": f"{Path(sys.executable).parent}:{os.defpath}",
+            "HOME": str(path),
+            "LANG": "C.UTF-8",
+        }
+        for name, below in {
+            "XDG_CONFIG_HOME": ".config",
+            "XDG_DATA_HOME": ".local/share",
+            "XDG_STATE_HOME": ".local/state",
+            "XDG_CACHE_HOME": ".cache",
+            "XDG_RUNTIME_DIR": "run",
+        }.items():
+            (path / below).mkdir(mode=0o700, parents=True)
+            environment[name] = str(path / below)
+        yield Home(path, environment)
+
+
+def until(what: Callable[[], T], seconds: float = 15.0, every: float = 0.02) -> T:
     """Return what a call returns as soon as it is true; fail when it never is."""
     ends = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < ends, "it never came to be"
-        time.sleep(0.02)
+        time.sleep(every)
     return found
 
 

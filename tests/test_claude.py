@@ -1,38 +1,37 @@
 """
-Claude Code itself, with `keybroker get` as its helper and a real LiteLLM behind it.
+Claude Code itself, with the line that `keybroker status` prints and a real LiteLLM behind it.
 
-    claude -> recorder -> LiteLLM <- keybroker get <- claude
-                             |
-                         PostgreSQL
+What a request was answered, and with which key, comes from a recorder in front of LiteLLM; when
+a key came and went comes from its database. keybroker is asked for neither.
 
-What a request was answered, and with which key, comes from the recorder; when a key came and went
-comes from the database. keybroker is asked for neither. No daemon runs: rotation, look-ups and
-revocation are done by each `get`, of which a session runs one in the background when the time to
-live of its key is over.
+Times are short, the promise is the same: a key that was printed is valid for `hold`, and whoever
+has it is told when it is replaced. A client notices that its settings were touched after 0.8 to
+1.5 s, so `hold` has to be longer than that and the time that a request takes.
 
-Times are short, the promise is the same: a key that was printed is valid for `hold`. The client
-uses a replaced key once more, at the prompt that makes it ask, and has the new one at the next. So
-`hold` has to be longer than two prompts are apart, and no more is needed.
+Below are tests of `keybroker get --no-start`, which does all that is due by itself.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import shlex
+import os
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import Home
-from tests.servers.claude import NEWEST, Result, run_claude, start_stream
-from tests.servers.faults import CommitLate, Faults, refused_url
+from keybroker.sessions import NOTICED_SECONDS
+from tests.party import NEVER, Party, answered, check_touches, end_of, parties, together
+from tests.resident import Resident, until
+from tests.servers.claude import NEWEST, Result, run_claude
+from tests.servers.faults import Armed, CommitLate, Faults, Reset, Status, refused_url
 from tests.servers.litellm import LiteLLM, Request
 from tests.servers.processes import wait_until
 
@@ -40,18 +39,26 @@ pytestmark = pytest.mark.servers
 
 KEYBROKER = str(Path(sys.executable).parent / "keybroker")
 PONG = Result(0, "pong\n", "")
-NEVER = datetime.max.replace(tzinfo=UTC)
+NOTICED = timedelta(seconds=NOTICED_SECONDS)
+REFUSES_ALL = Status(
+    401,
+    {"content-type": "application/json"},
+    b'{"error":{"message":"Authentication Error, Invalid proxy server token passed",'
+    b'"type":"auth_error","param":"None","code":"401"}}',
+)
 
 
 class User:
     """Somebody with a profile `work` at the proxy, whose admin key is in a file."""
 
-    def __init__(self, home: Home, litellm: LiteLLM) -> None:
+    def __init__(self, resident: Resident, litellm: LiteLLM) -> None:
+        home = resident.home
         self.home = home.path
         self.litellm = litellm
+        self.daemon = resident.owner
+        self.client = {"XDG_RUNTIME_DIR": home.environment["XDG_RUNTIME_DIR"]}
         self._environment = home.environment
         self._config = home.path / ".config/keybroker/config.toml"
-        self._config.parent.mkdir(mode=0o700)
         self._config.touch(0o600)
         self._admin = home.path / "admin-key"
         self._admin.touch(0o600)
@@ -146,8 +153,9 @@ class User:
 
 
 @pytest.fixture
-def user(home: Home, litellm: LiteLLM) -> User:
-    return User(home, litellm)
+def user(resident: Resident, litellm: LiteLLM) -> User:
+    """Somebody whose daemon, if a helper starts one, ends with the test."""
+    return User(resident, litellm)
 
 
 def sha256(key: str) -> str:
@@ -171,119 +179,221 @@ def one_line(line: str) -> str:
     return said.removeprefix("keybroker: work: ")
 
 
+@pytest.fixture
+def users(litellm: LiteLLM) -> Iterator[list[Party]]:
+    """Each version of the client with one session, and with three at once."""
+    with parties(litellm) as made:
+        yield made
+
+
+def test_sessions_outlive_their_keys(users: list[Party]) -> None:
+    """
+    Keys are replaced under running and under idle sessions, and nobody notices.
+
+    A key is asked for with 21 s, replaced after 5 to 7, and revoked 7 s later. First every session
+    talks all the time, for three rotations at least; then nobody does for longer than a key lives.
+    """
+    for user in users:
+        user.begin(lifetime="21s", hold="7s", helper_ttl="5s")
+    together(users, _outlive_keys)
+
+
+def _outlive_keys(user: Party) -> None:
+    before = set(user.keys())
+    user.ask_until(lambda: len(user.used_by_all() - before) >= 3, 60)
+    busy = user.used_by_all() - before
+    last = user.messages()[-1]
+    count = len(user.messages())
+    ends = max(row["expires"] for row in user.alive().values())
+    over = max(ends, datetime.now(UTC) + timedelta(seconds=21))
+    until(lambda: datetime.now(UTC) > over, 30)
+    user.ask()
+
+    requests, keys = user.messages(), user.keys()
+    assert {one.status for one in requests} == {200}
+    for one in requests:
+        row = keys[one.key_sha256 or ""]
+        assert one.finished is not None
+        assert row["created_at"] < one.started < one.finished < end_of(row)
+    new = [key for key in keys if key not in before]
+    assert set(new[: len(busy)]) == busy  # no session passed a new key over
+    after = requests[count:]
+    assert len(after) == len(user.names)  # one a session: none was refused and sent again
+    assert all(one.started > end_of(keys[last.key_sha256 or ""]) for one in after)
+    assert busy.isdisjoint({one.key_sha256 for one in after})
+    check_touches(user, keys, late=timedelta(seconds=3))
+    assert most_at_once(keys) <= 4
+
+
+def test_sessions_get_over_what_happens_to_key_daemon_and_gateway(users: list[Party]) -> None:
+    """
+    A user's own edit, a key deleted behind our back, a killed daemon, a gateway that is away.
+
+    Only three keys are ever minted: the first, the one for that which was deleted, and the one
+    that somebody asks for while the gateway is away. Of all requests one is made with a dead key.
+    """
+    for user in users:
+        user.begin(lifetime="180s", hold="14s", helper_ttl="10s")
+    together(users, _have_trouble)
+
+
+def _have_trouble(user: Party) -> None:
+    ttl = timedelta(seconds=10)
+    [first] = user.alive()
+
+    # Its owner edits the settings twice: every session asks for its key anew, much too early.
+    looks = len(user.looks(first))
+    user.edit(cleanupPeriodDays=30)
+    user.have_asked(ttl.total_seconds())
+    asks = {name: user.given(name)[-1] for name in user.names}
+    user.edit(cleanupPeriodDays=31)
+    edited_at = datetime.now(UTC)
+    user.have_asked(ttl.total_seconds())
+    assert all(user.given(name)[-1] - asks[name] < ttl / 2 for name in user.names)
+    until(lambda: datetime.now(UTC) > edited_at + NOTICED, 5)
+    assert len(user.looks(first)) == looks
+    assert list(user.keys()) == [first]
+
+    # The key is deleted: one request says so, and the other sessions are told in time.
+    user.have_asked(2 * ttl.total_seconds())
+    user.litellm.delete_key(first)
+    announcer = user.names[0]
+    assert datetime.now(UTC) - user.given(announcer)[-1] < ttl / 2
+    user.ask(announcer)
+    assert user.messages()[-1].key_sha256 != first
+    until(user.touches, 5)
+    until(lambda: datetime.now(UTC) > user.touches()[-1] + NOTICED, 5)
+    user.ask()
+    [second] = user.alive()
+    assert user.used_by_all() == {first, second}
+
+    # The daemon is killed: the next helper starts another, which has the same key.
+    old_daemon = user.resident.owner()
+    user.resident.kill()
+    user.edit(cleanupPeriodDays=32)
+    user.ask_until(lambda: user.resident.owner() not in (None, old_daemon), 20)
+    user.ask()
+    assert user.fingerprint() == second[:8]
+    assert list(user.keys()) == [first, second]
+
+    # The gateway is away: prompts wait for it, and so does a rotation that somebody wishes for.
+    broken = user.faults.next(Reset(), times=None)
+    waiting = user.start_asking()
+    status, _, said = user.resident.cli("rotate", "work")
+    assert status in (69, 75), said
+    until(lambda: at_least(2, broken, user.names), 30)
+    assert sha256(user.resident.key()) == second
+    user.faults.clear()
+    answered(waiting)
+    user.ask_until(lambda: len(user.used_by_all()) == 3, 30)
+
+    requests, keys = user.messages(), user.keys()
+    assert len(keys) == 3
+    assert user.used_by_all() == set(keys)
+    refused = [one for one in requests if one.status != 200]
+    assert [(one.session, one.key_sha256, one.status) for one in refused] == [
+        (announcer, first, 401)
+    ]
+    dead = [one for one in requests if one.started > end_of(keys[one.key_sha256 or ""])]
+    assert dead == refused
+    assert user.resident.row()["phase"] == "fresh"
+    check_touches(user, keys, late=timedelta(seconds=5))
+
+
+def test_a_good_key_outlives_what_refuses_all_keys(users: list[Party], litellm: LiteLLM) -> None:
+    """
+    While its database is away, LiteLLM answers 503 to everybody; other gateways answer 401.
+
+    Sessions take a 401 for the end of their key and ask for another, and the daemon looks at it
+    and is refused too. The key is neither replaced nor condemned, and serves again afterwards.
+    """
+    for user in users:
+        user.begin(lifetime="10m", hold="30s", helper_ttl="20s")
+    first = {user: next(iter(user.alive())) for user in users}
+    together(users, lambda user: litellm.forget_key(first[user]))
+
+    with litellm.outage():
+        waiting = {user: user.start_asking() for user in users}
+        together(users, lambda user: _is_told_nothing(user, first[user]))
+    for user in users:
+        answered(waiting[user])
+    together(users, lambda user: _is_refused_for_a_while(user, first[user]))
+
+
+def _is_told_nothing(user: Party, key: str) -> None:
+    """Neither the sessions nor the daemon learn anything about the key, which is given on."""
+    until(lambda: all(statuses(user, name)[503] >= 2 for name in user.names), 40)
+    looks = sum(one.path == "/v1/models" for one in user.faults.log)
+    asks = [user.resident.ask("work", os.getpid(), 60_000) for _ in range(2)]  # soon: suspicious
+    assert [sha256(one.removeprefix("ok ")) for one in asks] == [key] * 2
+    assert sum(one.path == "/v1/models" for one in user.faults.log) > looks
+    assert user.resident.row()["phase"] == "fresh"
+
+
+def _is_refused_for_a_while(user: Party, key: str) -> None:
+    """Everything is refused, the look at the key and the minting of another."""
+    broken = user.faults.next(REFUSES_ALL, times=None)
+    waiting = user.start_asking()
+    until(lambda: user.resident.row()["phase"] == "suspect", 30)
+    until(lambda: at_least(3, broken, user.names), 30)
+    refused = [one for one in broken.entries if one.path == "/key/generate"]
+    assert refused
+    assert sha256(user.resident.key()) == key
+    user.faults.clear()
+    answered(waiting)
+    until(lambda: user.resident.row()["phase"] == "fresh", 30)
+    user.ask()
+
+    assert list(user.keys()) == list(user.alive()) == [key]
+    assert user.used_by_all() == {key}
+    assert {one.key_sha256 for one in user.messages()} == {key}
+    assert {one.status for one in user.messages()} == {200, 503}
+    assert user.touches() == []
+
+
+def at_least(times: int, broken: Armed, names: list[str]) -> bool:
+    """Say whether every session met a fault that often."""
+    met = Counter(one.headers.get("x-session") for one in broken.entries)
+    return all(met[name] >= times for name in names)
+
+
+def statuses(user: Party, name: str) -> Counter[int | None]:
+    return Counter(one.status for one in user.messages(name))
+
+
 def test_a_prompt_is_answered(user: User, claude_version: str) -> None:
-    """With the settings that status prints, one prompt is one request with one new key."""
-    user.configure(lifetime="12s", hold="3s")
-    settings = user.settings()
+    """With nothing running, the line that status prints starts a daemon; one prompt, one key."""
+    user.configure(lifetime="60s", hold="10s")
 
-    answer = run_claude(claude_version, user.home, settings)
+    answer = run_claude(claude_version, user.home, user.settings(), env_extra=user.client)
 
-    assert settings["apiKeyHelper"] == f"exec {shlex.quote(KEYBROKER)} get work"
     assert answer == PONG
     [request] = user.messages()
     assert request.status == 200
     assert [request.key_sha256] == list(user.alive()) == list(user.keys())
-
-
-def test_a_session_outlives_its_keys(user: User, claude_version: str) -> None:
-    """
-    A session is answered with one key after another, and never with a dead one.
-
-    Beside it somebody else asks for the key, as a second session does: keys are replaced and
-    revoked by whoever comes first, at any time between two prompts. A key lives for 15 s, is
-    replaced after 3.5 to 5, and revoked 5 s later.
-    """
-    user.configure(lifetime="15s", hold="5s")
-    answers, published = [], set()
-    over = time.monotonic() + 90
-
-    with start_stream(claude_version, user.home, user.settings()) as session:
-        while len(published) < 4 and time.monotonic() < over:
-            answers.append(session.ask())
-            user.get()
-            published.add(user.status()["fingerprint"])
-        end = session.wait()
-
-    assert len(published) == 4
-    assert {(answer["is_error"], answer["result"]) for answer in answers} == {(False, "pong")}
-    assert end.rc == 0
-    requests, keys = user.messages(), user.keys()
-    assert len(requests) == len(answers)
-    assert {request.status for request in requests} == {200}
-    assert len({request.key_sha256 for request in requests}) >= 3
-    for request in requests:
-        row = keys[request.key_sha256 or ""]
-        dead = min(row["expires"], row.get("deleted_at") or row["expires"])
-        assert request.finished
-        assert row["created_at"] < request.started < request.finished < dead
-    for old, new in itertools.pairwise(keys.values()):  # a replaced key was left to its readers
-        assert old.get("deleted_at", NEVER) > new["created_at"] + timedelta(seconds=5)
-
-    assert most_at_once(keys) <= 4
-
-    left = set(user.alive()) - {user.get()}
-    assert wait_until(lambda: user.get() not in left and not left & set(user.alive()), 30)
-    asked_at = datetime.now(UTC)
-    current, status = user.get(), user.status()
-    waiting = {key["fingerprint"]: key["revoke_at"] for key in status["retired"]}
-    assert {name[:8] for name in user.alive()} == {current[:8], *waiting}
-    assert status["fingerprint"] == current[:8]
-    assert all(datetime.fromisoformat(at) > asked_at for at in waiting.values())
-    assert status["open"] == []
-
-
-def test_an_idle_session_takes_the_new_key_after_one_refusal(
-    user: User, claude_version: str
-) -> None:
-    """A key revoked while its session was idle is refused once; the user sees an answer."""
-    user.configure(lifetime="60s", hold="3s")
-
-    with start_stream(claude_version, user.home, user.settings()) as session:
-        before = session.ask()
-        [old] = user.alive()
-        rotated = user.run("rotate", "work")
-        new = user.get()
-        revoked = wait_until(lambda: user.get() == new and old not in user.alive(), 20)
-        after = session.ask()
-
-    assert (before["result"], after["result"]) == ("pong", "pong")
-    assert (rotated.rc, revoked) == (0, True)
-    seen = [(request.key_sha256, request.status) for request in user.messages()]
-    assert seen == [(old, 200), (old, 401), (new, 200)]
+    assert user.daemon() is not None
 
 
 def test_a_stale_key_outlasts_an_outage_of_the_database(user: User) -> None:
     """
     While no key can be minted, the current one is printed; afterwards it is replaced.
 
-    Prompts go on as far as LiteLLM answers them: from memory, for a key it has seen within the
-    last minute. A call that failed may have minted a key, and counts as one for a minute; the
-    profile has room for those of a helper that runs every second.
+    A call that failed may have minted a key, and counts as one for a minute; the profile has room
+    for those of a helper that runs every second.
     """
     user.configure(lifetime="30s", hold="10s", max_live=20)
 
-    with start_stream(NEWEST, user.home, user.settings()) as session:
-        assert session.ask()["result"] == "pong"
-        [old] = user.alive()
-        assert wait_until(lambda: user.status()["phase"] == "stale", 20)
-        with user.litellm.outage():
-            user.forget_requests()
-            handed_out = [user.get() for _ in range(3)]
-            during = [session.ask()["result"] for _ in range(3)]
-            failed = user.requests("/key/generate")
-        assert wait_until(lambda: user.get() != old, 15)
-        new = user.get()
-        taken = wait_until(
-            lambda: session.ask()["result"] == "pong" and user.messages()[-1].key_sha256 == new,
-            15,
-        )
+    old = user.get()
+    assert wait_until(lambda: user.status()["phase"] == "stale", 20)
+    with user.litellm.outage():
+        user.forget_requests()
+        handed_out = [user.get() for _ in range(3)]
+        failed = user.requests("/key/generate")
+    assert wait_until(lambda: user.get() != old, 15)
 
     assert handed_out == [old] * 3
     assert {request.status for request in failed} == {500}
-    assert during == ["pong"] * 3
-    assert taken
-    assert {request.status for request in user.messages()} == {200}
-    assert new in user.alive()
+    assert user.get() in user.alive()
 
 
 def test_a_client_without_gateway_says_what_its_helper_says(
@@ -298,7 +408,7 @@ def test_a_client_without_gateway_says_what_its_helper_says(
     user.configure(lifetime="12s", hold="3s", base_url=nowhere)
     settings, started = user.settings(), time.monotonic()
 
-    once = {"CLAUDE_CODE_MAX_RETRIES": "0"}
+    once = {**user.client, "CLAUDE_CODE_MAX_RETRIES": "0"}
     answer = run_claude(claude_version, user.home, settings, env_extra=once)
 
     assert time.monotonic() - started < 8
@@ -322,7 +432,7 @@ def test_a_failing_helper_fails_the_newest_client_within_seconds(user: User) -> 
     user.configure(lifetime="12s", hold="3s", key_api=nowhere)
     settings, started = user.settings(), time.monotonic()
 
-    answer = run_claude(NEWEST, user.home, settings)
+    answer = run_claude(NEWEST, user.home, settings, env_extra=user.client)
 
     assert time.monotonic() - started < 15
     assert answer.rc == 1

@@ -47,6 +47,7 @@ class Request:
     key_sha256: str | None  # of the key presented; LiteLLM's name for that key
     status: int | None = None
     finished: datetime | None = None  # the proxy's answer was complete; the client may be gone
+    session: str = ""  # whom a test's client says that it is: its header `x-session`
 
 
 class LiteLLM:
@@ -131,11 +132,15 @@ class LiteLLM:
                 return wrong == 401
         return False
 
-    def _ask(self, method: str, path: str, key: str | None = None) -> tuple[int, bytes]:
+    def _ask(
+        self, method: str, path: str, key: str | None = None, body: str | None = None
+    ) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=10)
         try:
             headers = {"authorization": f"Bearer {key or self.master_key}"}
-            connection.request(method, path, headers=headers)
+            if body is not None:
+                headers["content-type"] = "application/json"
+            connection.request(method, path, body=body, headers=headers)
             answer = connection.getresponse()
             return answer.status, answer.read()
         finally:
@@ -175,6 +180,19 @@ class LiteLLM:
         self._database.start()
         if not wait_until(self._ready, 60):
             raise TimeoutError(f"LiteLLM did not find its database again\n{self._child.tail()}")
+
+    def delete_key(self, token: str) -> None:
+        """Delete a key as an administrator does; it is refused from now on."""
+        self._administer("/key/delete", {"keys": [token]})
+
+    def forget_key(self, token: str) -> None:
+        """Have the proxy read a key from its database again, of which it keeps those in use."""
+        self._administer("/key/update", {"key": token})
+
+    def _administer(self, path: str, body: dict[str, Any]) -> None:
+        status, answer = self._ask("POST", path, body=json.dumps(body))
+        if status != 200:
+            raise OSError(f"{path}: {status} {answer.decode(errors='replace')}")
 
     def log(self) -> str:
         """The end of what the proxy printed, to explain a failure."""
@@ -224,9 +242,9 @@ class _Pass(Handler):
 
     def do_GET(self) -> None:  # noqa: N802, the standard library's names
         body = self.body()
-        number = self.server.arrived(
-            Request(datetime.now(UTC), self.command, self.path, self._key_sha256())
-        )
+        who = self.headers.get("x-session", "")
+        request = Request(datetime.now(UTC), self.command, self.path, self._key_sha256())
+        number = self.server.arrived(replace(request, session=who))
         behind = http.client.HTTPConnection("127.0.0.1", self.server.behind, timeout=120)
         try:
             headers = {k: v for k, v in self.headers.items() if k.lower() not in _HOP_BY_HOP}
