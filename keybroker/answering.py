@@ -7,9 +7,10 @@ from typing import Any
 
 from keybroker import wire
 from keybroker.audit import Audit
-from keybroker.broker import Broker, Handout
+from keybroker.broker import Broker
 from keybroker.config import Config
 from keybroker.errors import ConfigError, KeybrokerError, NobodyAnswers, NotReady
+from keybroker.handout import Handout
 from keybroker.journal import write_time
 from keybroker.push import SettingsFiles
 from keybroker.server import Client

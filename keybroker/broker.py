@@ -25,7 +25,8 @@ from keybroker.errors import (
     SourceInvalid,
     SourceUnavailable,
 )
-from keybroker.journal import decode_issuer, decode_lease
+from keybroker.handout import Handout, News, Sealed
+from keybroker.journal import decode_lease
 from keybroker.label import new_label
 from keybroker.pool import Answer
 from keybroker.rotation import Kind, Policy
@@ -44,68 +45,6 @@ class Workers(Protocol):
     def send(
         self, kind: str, op: str, seconds: float, /, *, urgent: bool = False, **values: Any
     ) -> int: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Handout:
-    """
-    What may be printed for a profile until `ends`, or until the clocks disagree anew.
-
-    Seconds of the epoch by the wall clock; `offset` is what added to the boot clock gives them as
-    they were when the key was published, `drift` how far the clocks were apart when the gateway
-    last took the key.
-    """
-
-    secret: Secret
-    ends: float | None
-    offset: float
-    drift: float
-
-    def alive(self, wall: float, boot: float) -> bool:
-        """Say whether it may be printed now, by both clocks."""
-        counted = self.offset + boot
-        if abs(wall - counted - self.drift) > DISAGREEMENT.total_seconds():
-            return False
-        return self.ends is None or max(wall, counted) < self.ends
-
-
-@dataclass(frozen=True, slots=True)
-class News:
-    """Something that happened to a profile, for the log and for those who push."""
-
-    profile: str
-    what: str  # published, replaced, trouble, recovered, late
-    text: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Sealed:
-    """What the cache had for a profile: a credential and the clocks when it was published."""
-
-    credential: Credential
-    label: str
-    issuer: Issuer
-    verified: str
-    anchor: Instant
-
-    @classmethod
-    def read_all(cls, found: Mapping[str, Any]) -> "dict[str, Sealed]":
-        """Take what a worker answered to `open`, by profile."""
-        return {name: sealed for name, one in found.items() if (sealed := cls.read(one))}
-
-    @classmethod
-    def read(cls, found: Mapping[str, Any] | None) -> "Sealed | None":
-        """Take a worker's answer to `load`."""
-        if found is None:
-            return None
-        credential = found["credential"]
-        return cls(
-            Credential(Secret(credential["secret"]), decode_lease(credential["lease"])),
-            found["label"],
-            decode_issuer(found["issuer"]),
-            found["verified"],
-            Instant(datetime.fromisoformat(found["wall"]), found["boot"], found["boot_id"]),
-        )
 
 
 @dataclass(slots=True)
@@ -897,8 +836,10 @@ def _rounded(due: datetime, at_work: _Profile) -> datetime:
     if policy.hold < ROUNDED:
         return due
     seconds = 1
-    calm = slots.failures == 0 and slots.next is None and not slots.rotate
-    if policy.kind is Kind.FOLLOWED and calm and not (slots.current and slots.current.refused_at):
+    current = slots.current
+    good = current is not None and current.refused_at is None and not current.condemned
+    calm = good and slots.failures == 0 and slots.next is None and not slots.rotate
+    if policy.kind is Kind.FOLLOWED and calm:
         seconds = max(1, min(60, int(policy.poll.total_seconds() / 10)))
     stamp = -(-due.timestamp() // seconds) * seconds
     return datetime.fromtimestamp(stamp, UTC)

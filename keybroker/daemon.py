@@ -5,8 +5,6 @@ kernel tells of clocks and files. Every turn ends with the time of the next; in 
 nothing to wake up for.
 """
 
-import _socket
-import fcntl
 import math
 import os
 import selectors
@@ -21,7 +19,7 @@ import keybroker
 from keybroker import __version__, guidance, kernel, listening, outcomes, paths, standing, wire
 from keybroker.answering import Answers, Job
 from keybroker.audit import Audit
-from keybroker.broker import Broker, Sealed
+from keybroker.broker import Broker
 from keybroker.clock import Clock
 from keybroker.config import load
 from keybroker.credential import Secret
@@ -31,9 +29,11 @@ from keybroker.errors import (
     NobodyAnswers,
     NotReady,
 )
+from keybroker.handout import Sealed
 from keybroker.journal import COMPACT_ABOVE, Journal
 from keybroker.listening import Begun
 from keybroker.log import Log
+from keybroker.ownership import Ownership
 from keybroker.paths import Disk
 from keybroker.pool import Answer, Pool, variables
 from keybroker.push import Push, SettingsFiles
@@ -82,6 +82,7 @@ class Daemon:
         self._selector = selectors.DefaultSelector()
         self._signals = _Signals()
         self._journal = Journal(state)
+        self._ownership = Ownership(begun.lock, state, path, log)
         self._files = SettingsFiles(state)
         self._files.load()
         self._push = Push(self._files)
@@ -92,6 +93,7 @@ class Daemon:
         self._pool = Pool(state, os.environ, begun.lock)
         self._name_variables()
         operations = {
+            "about": self._about,
             "status": self._status,
             "rotate": self._rotate,
             "revoke": self._revoke,
@@ -120,8 +122,6 @@ class Daemon:
         self._unlock_at, self._unlock_after = math.inf, UNLOCK_SECONDS[0]
         self._listen_at = math.inf  # the socket is gone and could not be made again
         self._ends_at: float | None = None  # it was told to end
-        self._borrower: Client | None = None  # who has the owner lock meanwhile
-        self._lent = False
         self._watchers: list[Client] = []
         self._told_at, self._tell_at = 0.0, math.inf
         self._since = self._clock.read().wall
@@ -138,7 +138,7 @@ class Daemon:
         self._register()
         self._write_guidance()
         self._open_cache()
-        self._notify("READY=1")
+        listening.notify("READY=1")
         self._log.say("info", f"keybroker {__version__} listens at {self._path}")
         wake, armed_at = 0.0, -math.inf
         while not self._over():
@@ -183,7 +183,7 @@ class Daemon:
         if self._timer is None or self._watch.fd is None:
             self._look_at_files()
             wake.append(now + TICK_SECONDS)
-        if self._broker is not None and not self._is_owner(self._broker):
+        if self._broker is not None and not self._ownership.check(self._broker.reread):
             wake.append(now + BORROWED_SECONDS)
         elif self._broker is not None and not self._compacts():
             due = self._broker.turn(AT_A_TIME)
@@ -191,7 +191,7 @@ class Daemon:
                 wake.append(now + (due - self._clock.read().wall).total_seconds())
         if self._broker is not None:
             self._tell_news(self._broker)
-        if now >= self._unlock_at and self._borrower is None:
+        if now >= self._unlock_at and not self._ownership.promised:
             self._open_cache()
         if now >= self._listen_at:
             self._listen_at = math.inf
@@ -317,7 +317,7 @@ class Daemon:
 
     def _begin_to_end(self) -> None:
         if self._ends_at is None:
-            self._notify("STOPPING=1")
+            listening.notify("STOPPING=1")
             self._ends_at = time.monotonic() + STOP_SECONDS
             if self._broker is not None:
                 self._broker.wind_down()
@@ -377,7 +377,7 @@ class Daemon:
 
     def _configure(self) -> ConfigError | None:
         """Read the configuration again; a bad one changes nothing."""
-        self._notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        listening.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             fresh = load(self._config_files)
         except ConfigError as error:
@@ -385,7 +385,7 @@ class Daemon:
             self._log.once("error", text, about="config")
             return error
         finally:
-            self._notify("READY=1")
+            listening.notify("READY=1")
         self._log.over("the configuration is good again", about="config")
         changed = fresh != self._config
         cache_changed = fresh.cache_key != self._config.cache_key
@@ -431,7 +431,7 @@ class Daemon:
                 text = f"its key ends at {one.text} and could not be replaced yet"
                 self._log.say("error", text, one.profile)
         if news:
-            self._notify(f"STATUS={self._summary(broker)}")
+            listening.notify(f"STATUS={self._summary(broker)}")
 
     def _summary(self, broker: Broker) -> str:
         ready = sum(broker.credential(name) is not None for name in self._config.profiles)
@@ -445,22 +445,12 @@ class Daemon:
             text = f"guidance cannot be written ({error.strerror})"
             self._log.once("warning", text, about="guidance")
 
-    def _notify(self, text: str) -> None:
-        """Tell the service manager, if one asked for it. See: sd_notify(3)."""
-        where = os.environ.get("NOTIFY_SOCKET", "")
-        if where[:1] in ("/", "@"):
-            address = "\0" + where[1:] if where[0] == "@" else where
-            told = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM)
-            with suppress(OSError):
-                told.sendto(text.encode(), getattr(_socket, "MSG_DONTWAIT", 0), address)
-            told.close()
-
     # control
 
     def _ready(self) -> Broker:
         if self._broker is None:
             raise NotReady("the daemon is still starting", hint="try again")
-        if self._borrower is not None:
+        if self._ownership.promised:
             raise NotReady("another command is at work", hint="try again when it is done")
         return self._broker
 
@@ -483,16 +473,25 @@ class Daemon:
     def _standing(self, broker: Broker) -> dict[str, Any]:
         known = self._config.profiles
         return {
-            "daemon": {
-                "pid": os.getpid(),
-                "version": __version__,
-                "since": self._since.isoformat(),
-                "socket": self._path,
-            },
+            "daemon": self._who(),
             "cache": self._origin,
             "profiles": standing.rows(broker, known.values()),
             "unconfigured": standing.unconfigured(broker, known),
             "push": {"known": self._files.known(), "off": self._files.off},
+        }
+
+    def _about(self, asked: Mapping[str, Any], client: Client) -> Job | None:
+        client.send(wire.answer(self._who()), last=True)
+        return None
+
+    def _who(self) -> dict[str, Any]:
+        return {
+            "pid": os.getpid(),
+            "version": __version__,
+            "since": self._since.isoformat(),
+            "socket": self._path,
+            "state": str(self._state),
+            "config": os.environ.get("KEYBROKER_CONFIG", ""),
         }
 
     def _rotate(self, asked: Mapping[str, Any], client: Client) -> Job:
@@ -570,61 +569,20 @@ class Daemon:
     def _lend(self, asked: Mapping[str, Any], client: Client) -> Job:
         """Let a command be the owner of the state directory while its connection lasts."""
         broker = self._ready()
-        self._borrower = client
+        self._ownership.promise(client)
 
         def result(late: bool) -> dict[str, Any] | None:
             busy = broker.busy or not self._pool.quiet
             if busy and not late:
                 return None
             if busy:
-                self._borrower = None
+                self._ownership.keep()
                 raise NotReady("the daemon is busy", hint="try again")
             self._pool.close()
-            fcntl.flock(self._begun.lock, fcntl.LOCK_UN)
-            self._lent = True
+            self._ownership.lend()
             return {}
 
         return Job(client, result, time.monotonic() + ACT_SECONDS, lasts=True)
-
-    def _is_owner(self, broker: Broker) -> bool:
-        """Say whether nobody else may write the journal; a lock that was removed is taken anew."""
-        if not self._take_back(broker):
-            return False
-        file = str(self._state / paths.OWNER_LOCK)
-        if listening.in_place(self._begun.lock, file):
-            return True
-        try:
-            paths.private_directory(self._state)
-            fresh = listening.hold(file)
-        except (OSError, ConfigError) as error:
-            self._log.once("error", f"{file}: cannot be locked ({error})", about="lock")
-            return False
-        if fresh is None:
-            text = f"{file} was removed, and is another's now; nothing is begun meanwhile"
-            self._log.once("error", text, about="lock")
-            return False
-        os.dup2(fresh, self._begun.lock, inheritable=False)
-        os.close(fresh)
-        listening.record_owner(self._begun.lock, self._path)
-        self._log.say("warning", f"{file} was removed; it was made again")
-        if self._journal.read():
-            broker.reread()
-        return True
-
-    def _take_back(self, broker: Broker) -> bool:
-        """Be the owner again, once the borrower is gone; what it wrote is in the journal."""
-        if self._borrower is None or not self._borrower.closed:
-            return self._borrower is None
-        if self._lent:
-            try:
-                fcntl.flock(self._begun.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            listening.record_owner(self._begun.lock, self._path)
-            self._lent = False
-            broker.reread()
-        self._borrower = None
-        return True
 
 
 NOT_TOLD = "sessions that watch it take a new key at their next refresh, or after one 401"

@@ -175,6 +175,20 @@ def inherited() -> list[_socket.socket]:
     return found
 
 
+def notify(text: str) -> None:
+    """Tell the service manager, if one asked for it. See: sd_notify(3)."""
+    where = os.environ.get("NOTIFY_SOCKET", "")
+    if where[:1] in ("/", "@"):
+        address = "\0" + where[1:] if where[0] == "@" else where
+        told = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM)
+        try:
+            told.sendto(text.encode(), getattr(_socket, "MSG_DONTWAIT", 0), address)
+        except OSError:  # it does not listen any more
+            pass
+        finally:
+            told.close()
+
+
 def _raise_limit() -> None:
     """Have room for many clients at once."""
     import resource

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from keybroker import worker
-from keybroker.broker import Broker, Sealed
+from keybroker.broker import Broker
 from keybroker.config import Profile, read_profile
 from keybroker.credential import Credential, Issuer, Lease, Look, Phase, Secret, Verdict
 from keybroker.document import Where
@@ -24,6 +24,7 @@ from keybroker.errors import (
     SourceInvalid,
     SourceUnavailable,
 )
+from keybroker.handout import Sealed
 from keybroker.journal import Journal
 from keybroker.rotation import Kind, phase
 from keybroker.slots import Event, Slots, Trouble, replay

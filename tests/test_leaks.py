@@ -31,12 +31,12 @@ from typing import Any
 import pytest
 
 from keybroker import paths, worker
-from keybroker.broker import Sealed
 from keybroker.cache import Cached, WrapKey
 from keybroker.clock import Clock, Instant
 from keybroker.config import SOURCES, load
 from keybroker.credential import Credential, Issuer, Lease, Reference, Secret
 from keybroker.errors import ConfigError, KeybrokerError
+from keybroker.handout import Sealed
 from keybroker.pool import Answer, Pool, variables
 from keybroker.slots import Key, Slots
 from keybroker.sources.http import Reply

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from keybroker import worker
-from keybroker.broker import Broker, Sealed
+from keybroker.broker import Broker
 from keybroker.clock import Clock, Instant
 from keybroker.config import Profile, read_profile
 from keybroker.credential import Credential, Lease, Look, Secret, Verdict, sha256
 from keybroker.document import Where
 from keybroker.errors import SourceUnavailable
+from keybroker.handout import Sealed
 from keybroker.journal import Journal
 from keybroker.paths import Disk
 from keybroker.pool import Answer, _decode, _encode

@@ -9,18 +9,20 @@ from datetime import timedelta
 from pathlib import Path
 
 from keybroker import listening, paths, wire
-from keybroker.broker import Broker, Sealed
+from keybroker.broker import Broker
 from keybroker.cache import WrapKey
 from keybroker.clock import Clock
 from keybroker.config import Config, Profile, load
 from keybroker.credential import Secret
 from keybroker.errors import NobodyAnswers
+from keybroker.handout import Sealed
 from keybroker.journal import Journal
 from keybroker.pool import Pool, variables
 from keybroker.rotation import Kind
 from keybroker.slots import Record, replay
 
 LOAD_SECONDS = 10.0
+ABOUT_SECONDS = 3.0
 
 
 @dataclass(slots=True)
@@ -51,21 +53,24 @@ def daemon_socket() -> Path | None:
     Raises:
         NobodyAnswers: The one that runs has another configuration, or another state directory.
     """
-    found = paths.owner(state())
-    if found is not None and listening.answers(str(found.socket)):
-        if found.config != os.environ.get("KEYBROKER_CONFIG", ""):
+    where, usual = state(), paths.socket_path(os.environ)
+    found = paths.owner(where)
+    if found is None and listening.answers(str(usual)):
+        about = wire.control(usual, "about", ABOUT_SECONDS)
+        if about["state"] != str(where):
             raise NobodyAnswers(
-                f"the daemon that runs reads {found.config or 'the usual configuration'}",
-                hint="keybroker daemon --stop",
+                f"the daemon at {usual} has another state directory",
+                hint="give each a runtime directory of its own",
             )
-        return found.socket
-    usual = paths.socket_path(os.environ)
-    if listening.answers(str(usual)) and paths.owner(state()) is None:
+        found = paths.Owner(about["pid"], usual, about["config"])
+    if found is None or not listening.answers(str(found.socket)):
+        return None
+    if found.config != os.environ.get("KEYBROKER_CONFIG", ""):
         raise NobodyAnswers(
-            f"the daemon at {usual} has another state directory",
-            hint="give each a runtime directory of its own",
+            f"the daemon that runs reads {found.config or 'the usual configuration'}",
+            hint="keybroker daemon --stop",
         )
-    return None
+    return found.socket
 
 
 @contextmanager
