@@ -302,7 +302,8 @@ def _have_trouble(user: Party) -> None:
 
 def test_a_good_key_outlives_what_refuses_all_keys(users: list[Party], litellm: LiteLLM) -> None:
     """
-    While its database is away, LiteLLM answers 503 to everybody; other gateways answer 401.
+    While its database is away, LiteLLM answers 503 to everybody, and 401 to some for a moment
+    when it is back; other gateways answer 401 all the while.
 
     Sessions take a 401 for the end of their key and ask for another, and the daemon looks at it
     and is refused too. The key is neither replaced nor condemned, and serves again afterwards.
@@ -346,7 +347,8 @@ def _is_refused_for_a_while(user: Party, key: str) -> None:
     assert list(user.keys()) == list(user.alive()) == [key]
     assert user.used_by_all() == {key}
     assert {one.key_sha256 for one in user.messages()} == {key}
-    assert {one.status for one in user.messages()} == {200, 503}
+    # LiteLLM itself says 401 for a moment, while it finds its database again.
+    assert {200, 503} <= {one.status for one in user.messages()} <= {200, 401, 503}
     assert user.touches() == []
 
 
