@@ -51,6 +51,7 @@ from keybroker.values import dataclass, field, replace
 T = TypeVar("T")
 IDLE_SECONDS = 5.0
 CALL = timedelta(seconds=8)  # the longest one, where no profile says otherwise
+MOST_OPEN = 32  # sources, and so connections, at a time
 HELD_SECONDS = 0.5  # an answer is held back for those that follow it
 LONGEST_LINE = 1 << 20
 # Everything that a worker does to the world, in the words of the crash tests.
@@ -315,15 +316,20 @@ class Operations:
 
     def _source(self, profile: Profile) -> sources.Source:
         key = json.dumps([profile.name, profile.raw], sort_keys=True)
-        if key not in self._opened:
-            self._opened[key] = self.build(profile, self.environment)
-        return self._opened[key]
+        return self._open(key, lambda: self.build(profile, self.environment))
 
     def _revoker(self, issuer: Issuer, timeout: timedelta) -> sources.Source:
-        key = repr((issuer, timeout))
+        seconds = timeout.total_seconds()
+        return self._open(
+            repr((issuer, timeout)), lambda: self.revoker(issuer, self.environment, seconds)
+        )
+
+    def _open(self, key: str, build: Callable[[], sources.Source]) -> sources.Source:
+        """Keep the newest sources open, each with its connection to a server."""
         if key not in self._opened:
-            seconds = timeout.total_seconds()
-            self._opened[key] = self.revoker(issuer, self.environment, seconds)
+            if len(self._opened) >= MOST_OPEN:
+                self._opened.pop(next(iter(self._opened))).close()
+            self._opened[key] = build()
         return self._opened[key]
 
     def _now(self) -> datetime:

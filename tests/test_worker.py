@@ -660,3 +660,24 @@ def test_one_worker_serves_all_profiles_of_a_kind(
     assert (len(first), len(second), first & second) == (20, 20, set())
     assert mints(gateway) == 40
     assert len(started) == 1
+
+
+def test_a_worker_keeps_a_few_sources_open(state: Path) -> None:
+    """A thousand profiles are not a thousand connections: the oldest is closed for a new one."""
+    closed: list[str] = []
+
+    class Source:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def close(self) -> None:
+            closed.append(self.name)
+
+    operations = worker.Operations(state, {}, build=lambda one, _: Source(one.name))  # type: ignore[arg-type,return-value]
+    profiles = [profile_at("http://127.0.0.1:1", f"p{n}") for n in range(worker.MOST_OPEN + 2)]
+    for one in profiles:
+        operations._source(one)
+    assert closed == ["p0", "p1"]
+    assert operations._source(profiles[-1]) is operations._source(profiles[-1])
+    operations.close()
+    assert len(closed) == len(profiles)
