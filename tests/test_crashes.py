@@ -493,21 +493,19 @@ def listening(home: Resident) -> int:
 
 
 def two_daemons(litellm: LiteLLM, mutant: str | None) -> list[str]:
-    """Three daemons are started at once, as by three helpers."""
+    """Others are started beside a daemon, as by helpers that found it slow."""
     with Resident(
         litellm.url, litellm.master_key, mutant=mutant, revive=False, reads=False
     ) as home:
-        daemons = [home.spawn() for _ in range(3)]
+        daemons = [home.spawn()]
         try:
             until(lambda: home.ask() is not None, home)
-            until(
-                lambda: sum(one.poll() is not None for one in daemons) + listening(home) >= 3, home
-            )
+            for _ in range(5):  # one may lose a race for the path
+                other = home.spawn()
+                daemons.append(other)
+                until(lambda: other.poll() is not None or listening(home) > 1, home)  # noqa: B023
             count = listening(home)
-            found = [] if count == 1 else [f"{count} daemons are at work"]
-            if (keys := mints(home, litellm)) > count:
-                found.append(f"{keys} keys were minted by {count} daemons")
-            return found
+            return [] if count == 1 else [f"{count} daemons are at work"]
         finally:
             for one in daemons:
                 one.kill()
