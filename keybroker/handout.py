@@ -9,6 +9,8 @@ from keybroker.credential import Credential, Issuer, Secret
 from keybroker.journal import decode_issuer, decode_lease
 from keybroker.values import dataclass
 
+_DISAGREEMENT = DISAGREEMENT.total_seconds()
+
 
 @dataclass(frozen=True, slots=True)
 class Handout:
@@ -28,7 +30,7 @@ class Handout:
     def alive(self, wall: float, boot: float) -> bool:
         """Say whether it may be printed now, by both clocks."""
         counted = self.offset + boot
-        if abs(wall - counted - self.drift) > DISAGREEMENT.total_seconds():
+        if abs(wall - counted - self.drift) > _DISAGREEMENT:
             return False
         return self.ends is None or max(wall, counted) < self.ends
 
