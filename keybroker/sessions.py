@@ -12,6 +12,7 @@ from keybroker.values import dataclass
 MOST_SESSIONS = 4096
 # A client notices a change of its settings 0.8 to 1.5 s later; twice that is certainly over.
 NOTICED_SECONDS = 3.0
+EARLY = 0.9  # of a TTL: a client asks by itself when all of it has passed, or later
 SHELLS = frozenset(
     (
         *("sh", "ash", "bash", "busybox", "csh", "dash", "elvish", "fish", "ksh", "ksh93", "lksh"),
@@ -119,14 +120,14 @@ class Sessions:
                 key then, and asks again without any refusal. None when no file is known.
 
         Returns:
-            True if this session was last given the current key, less than half its TTL ago, and
+            True if this session was last given the current key, clearly less than its TTL ago, and
             no settings file changed since. A clock that was set back proves nothing.
         """
         last = self._given.get((session.pid, session.started, profile))
         if last is None or last[0] != fingerprint:
             return False
         passed = now - last[1]
-        if not 0 <= passed < ttl_ms / 2000:
+        if not 0 <= passed < EARLY * ttl_ms / 1000:
             return False
         return changed_at is None or changed_at < last[1] - NOTICED_SECONDS
 

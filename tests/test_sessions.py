@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keybroker import sessions
-from keybroker.sessions import MOST_SESSIONS, SHELLS, Session, Sessions, identify
+from keybroker.sessions import EARLY, MOST_SESSIONS, SHELLS, Session, Sessions, identify
 
 LINUX = sys.platform == "linux"
 ME = Session(4711, 100, "claude")
@@ -176,8 +176,8 @@ def told(at: float = 1000.0, fingerprint: str = "aaaa0000") -> Sessions:
     [
         pytest.param(1001.0, TTL_MS, None, True, id="a second later"),
         pytest.param(1000.0, TTL_MS, None, True, id="at the same moment"),
-        pytest.param(1029.9, TTL_MS, None, True, id="just below half a TTL"),
-        pytest.param(1030.0, TTL_MS, None, False, id="half a TTL"),
+        pytest.param(1053.9, TTL_MS, None, True, id="clearly before its TTL"),
+        pytest.param(1054.0, TTL_MS, None, False, id="almost its TTL"),
         pytest.param(1060.0, TTL_MS, None, False, id="a refresh"),
         pytest.param(1000.0, 0, None, False, id="no TTL"),
         pytest.param(1000.0, -5, None, False, id="a TTL that makes no sense"),
@@ -277,10 +277,10 @@ def test_the_oldest_are_forgotten_first() -> None:
     st.floats(-1e9, 1e9),
     st.none() | st.floats(-1e9, 1e9),
 )
-def test_suspicion_ends_with_half_a_ttl_and_with_any_change(
+def test_suspicion_ends_before_a_ttl_and_with_any_change(
     at: float, ttl_ms: int, passed: float, changed_at: float | None
 ) -> None:
     """Whatever the clocks do."""
     if told(at).suspicious(ME, "work", "aaaa0000", ttl_ms, at + passed, changed_at):
-        assert 0 <= (at + passed) - at < ttl_ms / 2000
+        assert 0 <= (at + passed) - at < EARLY * ttl_ms / 1000
         assert changed_at is None or changed_at < at
