@@ -273,8 +273,16 @@ class Broker:
         for at_work in self._profiles.values():
             self._refresh(at_work, known.get(at_work.name, Slots()))
 
+    def clock_was_set(self) -> None:
+        """Forget what was put off by another clock; or the machine woke up, and may do better."""
+        for at_work in self._profiles.values():
+            now = self._plan_time(at_work, self._clock.read())
+            at_work.slots = rotation.at_set_clock(at_work.slots, now)
+            at_work.tried_at = None
+        self.replan()
+
     def replan(self) -> None:
-        """Look at every profile anew: the clock was set, or the machine woke up."""
+        """Look at every profile anew."""
         for at_work in self._profiles.values():
             self._change(at_work)
 

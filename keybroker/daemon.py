@@ -326,7 +326,7 @@ class Daemon:
         assert self._timer is not None
         kernel.rearm_clock_set_timer(self._timer)
         if self._broker is not None:
-            self._broker.replan()
+            self._broker.clock_was_set()
 
     def _files_changed(self, mask: int) -> None:
         self._watch.read()

@@ -367,6 +367,31 @@ def hurried(slots: Slots) -> Slots:
     return replace(slots, rotate=True, not_before=None, failures=0)
 
 
+def at_set_clock(slots: Slots, now: datetime) -> Slots:
+    """What was put off by a clock that was set since is tried again; nothing was seen after now."""
+    return replace(
+        slots,
+        current=_at_set_clock(slots.current, now),
+        next=_at_set_clock(slots.next, now),
+        retired=tuple(replace(key, not_before=None) for key in slots.retired),
+        open=tuple(replace(one, not_before=None) for one in slots.open),
+        not_before=None,
+        polled_at=_past(slots.polled_at, now),
+        accepted_at=_past(slots.accepted_at, now),
+    )
+
+
+def _at_set_clock(key: Key | None, now: datetime) -> Key | None:
+    if key is None:
+        return None
+    first, refused = _past(key.first_look, now), _past(key.refused_at, now)
+    return replace(key, not_before=None, next_look=None, first_look=first, refused_at=refused)
+
+
+def _past(moment: datetime | None, now: datetime) -> datetime | None:
+    return None if moment is None else min(moment, now)
+
+
 def put_off(slots: Slots, label: str, policy: Policy, now: datetime, roll: float) -> Slots:
     """A revocation, verification or look-up got no answer: try again later."""
     key = slots.key(label)

@@ -464,3 +464,19 @@ def test_a_keyring_that_opens_late_costs_at_most_one_key(after: float, asked: bo
     made.start()
     assert made.ask() == second
     check_readers(made)
+
+
+@pytest.mark.parametrize("seconds", [-5400.0, 5400.0])
+def test_a_clock_that_is_set_right_puts_nothing_off(seconds: float) -> None:
+    """Calls that failed by another clock are made again: who asks has a key at once."""
+    made = daemon()
+    made.set_clock(seconds)
+    made.gateway.out = True
+    for _ in range(5):
+        assert made.ask() is None
+        made.run(20)
+    made.gateway.out = False
+    made.set_clock(-seconds)
+    made.run(2)
+    assert made.ask() is not None
+    check_none_forgotten(made)
