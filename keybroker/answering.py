@@ -72,6 +72,7 @@ class Answers:
         operations: Mapping[str, Operation],
     ) -> None:
         self.broker: Broker | None = None
+        self.excuse: Callable[[], KeybrokerError | None] = lambda: None  # why nothing is done now
         self.config = config
         self.named = False  # a settings file that was not known before
         self.stirred = False  # something is to be settled that was not a moment ago
@@ -149,7 +150,8 @@ class Answers:
         """Answer from this broker from now on."""
         self.broker = broker
         for name in self._waiting:
-            broker.ask(name)
+            if name in self.config.profiles:  # still
+                broker.ask(name)
 
     @property
     def due(self) -> float | None:
@@ -260,7 +262,8 @@ class Answers:
             one.client.send(reply, last=True)
             return True
         if late or broker.settled(name):
-            one.client.send(wire.error_line(broker.why_not(name)), last=True)
+            problem = self.excuse() or broker.why_not(name)
+            one.client.send(wire.error_line(problem), last=True)
             return True
         return False
 

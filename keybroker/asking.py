@@ -162,13 +162,15 @@ def main(arguments: list[str], environment: dict[bytes, bytes]) -> int:
         return _say("keybroker: output: stdout is closed", 74)
     try:
         if not place and OTHER in environment:
-            raise OSError
+            raise FileNotFoundError
         found = ask(place or find(environment), request(name, environment))
+    except (FileNotFoundError, ConnectionRefusedError):  # nobody is there
+        return _become_get([] if profile == "-" else [profile])
     except OSError:
         found = b""
     reply = read_reply(found)
-    if reply is None:
-        return _become_get([] if profile == "-" else [profile])
+    if reply is None:  # somebody is, and hangs, or speaks in tongues
+        return _become_get(["--unanswered", *([] if profile == "-" else [profile])])
     return _say(reply[1], reply[0]) if reply[0] else put(found[3:] + b"\n")
 
 
@@ -193,11 +195,11 @@ def _say(text: str, status: int) -> int:
     return status
 
 
-def _become_get(profile: list[str]) -> int:
+def _become_get(arguments: list[str]) -> int:
     try:
         posix.dup2(posix.open("/dev/null", posix.O_RDWR), 0)  # the client's stdin never ends
         posix.set_inheritable(0, True)
-        posix.execv(sys.executable, [sys.executable, *SLOW, *profile])
+        posix.execv(sys.executable, [sys.executable, *SLOW, *arguments])
     except (OSError, ValueError):
         pass
     return _say("keybroker: helper: nobody answers, and keybroker get cannot be started", 69)

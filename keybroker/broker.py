@@ -6,6 +6,7 @@ with the same `fold` that replays the journal.
 
 import heapq
 import itertools
+import math
 import os
 from collections.abc import Callable, Container, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -17,6 +18,7 @@ from keybroker.config import Profile
 from keybroker.credential import Credential, Issuer, Lease, Look, Secret, Verdict
 from keybroker.errors import (
     CLASSES,
+    JournalError,
     KeybrokerError,
     NobodyAnswers,
     NotReady,
@@ -69,6 +71,7 @@ class _Profile:
     tried_at: datetime | None = None  # an issue or poll last failed
     patient: bool = False  # by a denial, or with a wish of the server's when to come back
     late: bool = False  # it was said that a replacement is late
+    published: str = ""  # the label of the key that was handed out last
 
 
 class Broker:
@@ -134,6 +137,8 @@ class Broker:
             )
             self._profiles[profile.name] = at_work
             self._adopt(at_work, sealed.get(profile.name))
+            if at_work.slots.current is not None:
+                at_work.published = at_work.slots.current.label
         for name, left in slots.items():  # no longer configured, but not forgotten
             first = next((one.issuer for one in left.all), None)
             if first is not None:
@@ -206,11 +211,15 @@ class Broker:
     def checked(self, name: str) -> bool:
         """Say whether that look was taken, and a key that was refused is replaced if it can be."""
         at_work = self._profiles[name]
-        if at_work.check or (at_work.busy and isinstance(at_work.busy[1], rotation.Verify)):
+        looking = at_work.busy and isinstance(at_work.busy[1], rotation.Verify | rotation.Poll)
+        if at_work.check or looking:
             return False
         slots = at_work.slots
-        good = slots.current is None or slots.current.refused_at is None
-        return good or slots.failures > 0 or self.full(name)
+        if slots.failures > 0 or self.full(name):
+            return True
+        if at_work.policy.kind is Kind.FOLLOWED:  # read anew, and a new value is out
+            return not slots.rotate and slots.next is None
+        return slots.current is None or slots.current.refused_at is None
 
     def rests(self, name: str) -> bool:
         """Say whether nothing is minted before somebody asks, since all was revoked."""
@@ -245,21 +254,18 @@ class Broker:
                 self._profiles[name] = fresh
             elif known.profile != profile:
                 known.profile, known.policy = profile, profile.policy
-                known.slots = replace(known.slots, not_before=None, failures=0, trouble=None)
+                known.slots = replace(known.slots, not_before=None, failures=0)
                 known.resting = known.patient = False
         for name, at_work in list(self._profiles.items()):
             if name not in wanted:
                 at_work.profile = None
                 self._clean(at_work)
-                if not at_work.slots.all and at_work.busy is None:
-                    del self._profiles[name]
-                    self.ready.pop(name, None)
         self.replan()
 
     def retry(self) -> None:
         """Try again what failed, read anew what others keep: something may be better now."""
         for at_work in self._profiles.values():
-            if at_work.policy.kind is Kind.FOLLOWED:
+            if at_work.policy.kind is Kind.FOLLOWED and at_work.profile is not None:
                 at_work.slots = rotation.hurried(at_work.slots)
                 self._change(at_work)
             elif at_work.slots.failures:
@@ -313,7 +319,6 @@ class Broker:
         """Return what may be handed out now, however old."""
         at_work = self._profiles[name]
         current = at_work.slots.current
-        current = at_work.slots.current
         usable = rotation.usable(current, at_work.policy, self.now(name))
         if at_work.ending or not usable or self._doubtful(at_work):
             return None
@@ -366,7 +371,7 @@ class Broker:
                 )
             ends = min((key.revoke_at for key in slots.retired if key.revoke_at), default=None)
             wait = timedelta() if ends is None else max(timedelta(), ends - self.now())
-            left = "" if not wait else f" for {wait.total_seconds():.0f} s more"
+            left = "" if not wait else f" for {_in_words(wait)} more"
             why = "" if slots.trouble is None else f" ({slots.trouble.message})"
             return NotReady(
                 f"{name}: {len(slots.keys)} keys are unrevoked, the most allowed{left}{why}",
@@ -427,11 +432,6 @@ class Broker:
         at_work = self._profiles[name]
         at_work.ending, at_work.resting = why, True
         self._change(at_work)
-
-    def ended(self, name: str) -> bool:
-        """Say whether all keys are given up; they may still have to be revoked."""
-        at_work = self._profiles[name]
-        return not at_work.ending and at_work.busy is None
 
     def wind_down(self) -> None:
         """Ask for no more keys; what is left may be interrupted at any time."""
@@ -539,7 +539,8 @@ class Broker:
         if locked_away:  # the key is handed out once it can be read: no other, unless one is needed
             may_issue = may_issue and (at_work.asked or slots.rotate)
         step = rotation.next_step(slots, policy, now)
-        if isinstance(step, rotation.Poll) and at_work.name not in self._mints:
+        may_poll = at_work.name in self._mints and at_work.profile is not None
+        if isinstance(step, rotation.Poll) and not may_poll:
             read = replace(slots, polled_at=now, rotate=False)
             step = rotation.next_step(read, replace(policy, poll=timedelta(days=1)), now)
         if isinstance(step, rotation.Issue) and not (may_issue and at_work.profile is not None):
@@ -716,7 +717,12 @@ class Broker:
 
     def _apply(self, at_work: _Profile, answer: Answer) -> None:
         if answer.records is None:  # the worker died: only the journal knows how far it came
-            self._refresh(at_work, replay(self._reread()).get(at_work.name, Slots()))
+            try:
+                fresh = replay(self._reread())
+            except JournalError as error:  # it was damaged meanwhile: what we know, we know
+                at_work.slots = replace(at_work.slots, trouble=_trouble(error))
+            else:
+                self._refresh(at_work, fresh.get(at_work.name, Slots()))
             return
         for record in answer.records:
             at_work.slots = fold(at_work.slots, record)
@@ -758,11 +764,11 @@ class Broker:
             at_work.slots = rotation.worked(at_work.slots)
             if policy.kind is Kind.FOLLOWED:
                 swap = Record(now, Event.SWAP, at_work.name, label, why="")
-                verified = _known(at_work.slots, label).verdict
+                verified = _how_verified(_known(at_work.slots, label))
                 slots = fold(at_work.slots, swap)
                 current = slots.current
-                if current is not None and verified is not None:
-                    current = replace(current, verified=verified.method)
+                if current is not None:
+                    current = replace(current, verified=verified)
                 minted = tuple(key for key in slots.retired if key.lease.revocable)
                 at_work.slots = replace(slots, current=current, retired=minted)
         elif isinstance(step, rotation.Retire) and step.bad:
@@ -774,11 +780,10 @@ class Broker:
         at_work.anchor, at_work.drift = self._clock.read(), timedelta()
         at_work.doubt = at_work.late = False
         at_work.unsealed = self._wrap_key is None
-        known = at_work.slots
-        replaced = bool(known.retired) or (known.current is not None and known.current is not key)
-        self.news.append(
-            News(at_work.name, "replaced" if replaced else "published", key.fingerprint)
-        )
+        if key.label != at_work.published:  # else it was sealed, now that it could be
+            what = "replaced" if at_work.published else "published"
+            self.news.append(News(at_work.name, what, key.fingerprint))
+        at_work.published = key.label
 
     def _clean(self, at_work: _Profile) -> None:
         """Let go of the secrets that are handed out no more."""
@@ -836,6 +841,11 @@ class Broker:
             retry_after=retry_after,
             final=final or not isinstance(error, SourceError),
         )
+
+
+def _in_words(length: timedelta) -> str:
+    seconds = math.ceil(length.total_seconds())
+    return f"{seconds} s" if seconds <= 120 else f"{math.ceil(seconds / 60)} min"
 
 
 def _rounded(due: datetime, at_work: _Profile) -> datetime:

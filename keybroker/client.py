@@ -74,7 +74,7 @@ def environment(profile: str | None = None) -> dict[str, str]:
     from keybroker import config, guidance, paths
 
     loaded = config.load(paths.config_files(os.environ))
-    return guidance.environment(loaded.profile(profile))
+    return guidance.environment(loaded.profile(profile or None))
 
 
 def _by_command(profile: str | None) -> tuple[int, str]:

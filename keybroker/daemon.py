@@ -45,6 +45,7 @@ TURN_SECONDS = 20.0  # a turn that takes longer kills the process
 REARM_SECONDS = 1.0  # while there is no sleep between turns
 AT_A_TIME = 8  # profiles that a turn looks at before clients get theirs
 OPEN_SECONDS = 10.0
+OPENS = 3  # times that a worker may die of it before we go on without
 UNLOCK_SECONDS = (60.0, 3600.0)  # between two looks at a locked keyring: at first, at most
 ACT_SECONDS = 20.0  # for a command's request
 BORROWED_SECONDS = 0.1  # between two looks whether the lock is free again
@@ -53,6 +54,7 @@ LISTEN_SECONDS = 2.0  # between two tries to listen where that cannot be done fo
 MOST_WRITTEN = 10 * COMPACT_ABOVE  # records; then nothing is begun until the journal is compacted
 STOP_SECONDS = 5.0  # for what is under way when the daemon is told to end
 TICK_SECONDS = 30.0  # where a wake-up cannot be told from sleep
+FAILED_SECONDS = 1.0  # until the next turn, after one that failed
 LONGEST_SLEEP = 86_400.0
 PACKAGE = Path(keybroker.__file__)  # written anew by each installation
 MOST_WATCHERS = 16
@@ -91,6 +93,7 @@ class Daemon:
         self._config_files = paths.config_files(os.environ)
         self._config = load(self._config_files)
         self._pool = Pool(state, os.environ, begun.lock)
+        self._broker: Broker | None = None
         self._name_variables()
         operations = {
             "about": self._about,
@@ -103,6 +106,7 @@ class Daemon:
             "lend": self._lend,
         }
         self._answers = Answers(self._config, Audit(state), self._files, operations)
+        self._answers.excuse = self._lent_out
         self._server = Server(
             begun.sockets,
             self._selector,
@@ -111,12 +115,12 @@ class Daemon:
             self._answers.later,
             self._stranger,
         )
-        self._seen_package = _states([PACKAGE])
+        self._seen_package = _content(PACKAGE)
         self._seen_files = _states(self._config_files)
         self._seen_keys = _states(self._credential_files())
-        self._broker: Broker | None = None
         self._origin = ""
         self._opening: int | None = None  # the request that opens the cache
+        self._opens = 0  # times that it had to be sent again
         self._compacting: int | None = None  # the request that compacts the journal
         self._written = 0  # records since the last time
         self._unlock_at, self._unlock_after = math.inf, UNLOCK_SECONDS[0]
@@ -124,6 +128,7 @@ class Daemon:
         self._ends_at: float | None = None  # it was told to end
         self._watchers: list[Client] = []
         self._told_at, self._tell_at = 0.0, math.inf
+        self._failures = 0  # turns that ended with an exception
         self._since = self._clock.read().wall
 
     def serve(self) -> int:
@@ -153,10 +158,13 @@ class Daemon:
                 signal.setitimer(signal.ITIMER_REAL, TURN_SECONDS)  # its action is death
                 armed_at = now
             quiet = True
-            for key, mask in events:
-                quiet = key.data(mask) is True and quiet
-            if not quiet or self._answers.stirred or now >= wake:
-                wake = self._turn()
+            try:
+                for key, mask in events:
+                    quiet = key.data(mask) is True and quiet
+                if not quiet or self._answers.stirred or now >= wake:
+                    wake = self._turn()
+            except Exception as error:  # a fault of ours must not cost anybody a key
+                wake = self._failed(error)
         self._end()
         return 0
 
@@ -212,6 +220,21 @@ class Daemon:
         if self._watchers:
             wake.append(self._tell_at)
         return min(wake)
+
+    def _failed(self, error: Exception) -> float:
+        """Say where a turn failed, without its text, which may hold a secret; go on in a while."""
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        code = "?" if trace is None else trace.tb_frame.f_code.co_filename
+        place = f"{os.path.basename(code)}:{0 if trace is None else trace.tb_lineno}"
+        text = f"internal error: {type(error).__name__} at {place}"
+        if isinstance(error, KeybrokerError):
+            text = error.message
+        self._failures += 1
+        self._log.once("error", text, about="turn")
+        time.sleep(min(1.0, 0.01 * self._failures))  # never a hot loop
+        return time.monotonic() + FAILED_SECONDS
 
     def _over(self) -> bool:
         if self._ends_at is None:
@@ -271,6 +294,11 @@ class Daemon:
         return next((p.type for p in self._config.profiles.values()), "cache")
 
     def _opened(self, answer: Answer) -> None:
+        if answer.records is None and self._opens < OPENS:  # its worker died
+            self._opens += 1
+            self._open_cache()
+            return
+        self._opens = 0
         found = answer.ok or {}
         problem = answer.error.message if answer.error is not None else ""
         self._origin = found.get("origin", f"memory only: {problem}")
@@ -309,11 +337,11 @@ class Daemon:
     # what the outside says
 
     def _signalled(self, mask: int) -> None:
-        for number in self._signals.read():
-            if number in (signal.SIGTERM, signal.SIGINT):
-                self._begin_to_end()
-            elif number == signal.SIGHUP:
-                self._configure()
+        came = set(self._signals.read())  # however often
+        if came & {signal.SIGTERM, signal.SIGINT}:
+            self._begin_to_end()
+        elif signal.SIGHUP in came:
+            self._configure()
 
     def _begin_to_end(self) -> None:
         if self._ends_at is None:
@@ -336,7 +364,7 @@ class Daemon:
     def _look_at_files(self) -> None:
         """Read what is new: configuration, credentials. Listen anew where the socket is gone."""
         files, keys = _states(self._config_files), _states(self._credential_files())
-        if _states([PACKAGE]) != self._seen_package and self._ends_at is None:
+        if _content(PACKAGE) not in (self._seen_package, None) and self._ends_at is None:
             self._log.say("info", "keybroker was replaced; the next ask starts the new one")
             self._begin_to_end()
         if files != self._seen_files:
@@ -370,7 +398,7 @@ class Daemon:
         """Return the files that credentials are read from."""
         issuers = [profile.issuer for profile in self._config.profiles.values()]
         return [
-            Path(str(one.admin.value))
+            Path(str(one.admin.value)).expanduser()
             for one in issuers
             if one.admin is not None and one.admin.kind == "file"
         ]
@@ -380,6 +408,9 @@ class Daemon:
         listening.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             fresh = load(self._config_files)
+            for file in self._config.files:
+                if file not in fresh.files:  # moved for a moment, by an editor; or for good
+                    raise ConfigError(f"{file}: is gone")
         except ConfigError as error:
             text = f"{error.message}; the configuration before it stays in use"
             self._log.once("error", text, about="config")
@@ -404,7 +435,11 @@ class Daemon:
 
     def _name_variables(self) -> None:
         named = variables(self._config)
-        for slots in replay(self._journal.read()).values():
+        if self._broker is None:
+            known = replay(self._journal.read())
+        else:
+            known = {name: self._broker.slots(name) for name in self._broker.names()}
+        for slots in known.values():
             for one in slots.all:
                 if one.issuer.admin is not None and one.issuer.admin.kind == "env":
                     named.setdefault(one.issuer.type, set()).add(str(one.issuer.admin.value))
@@ -447,11 +482,16 @@ class Daemon:
 
     # control
 
+    def _lent_out(self) -> KeybrokerError | None:
+        if not self._ownership.promised:
+            return None
+        return NotReady("another command is at work", hint="try again when it is done")
+
     def _ready(self) -> Broker:
         if self._broker is None:
             raise NotReady("the daemon is still starting", hint="try again")
-        if self._ownership.promised:
-            raise NotReady("another command is at work", hint="try again when it is done")
+        if (lent := self._lent_out()) is not None:
+            raise lent
         return self._broker
 
     def _chosen(self, asked: Mapping[str, Any]) -> list[str]:
@@ -466,7 +506,9 @@ class Daemon:
 
     def _status(self, asked: Mapping[str, Any], client: Client) -> Job:
         def result(late: bool) -> dict[str, Any] | None:
-            return None if self._broker is None and not late else self._standing(self._ready())
+            if self._broker is None:
+                return None if not late else self._standing(self._ready())
+            return self._standing(self._broker)
 
         return Job(client, result, time.monotonic() + OPEN_SECONDS)
 
@@ -491,7 +533,7 @@ class Daemon:
             "since": self._since.isoformat(),
             "socket": self._path,
             "state": str(self._state),
-            "config": os.environ.get("KEYBROKER_CONFIG", ""),
+            "config": paths.named_config(os.environ),
         }
 
     def _rotate(self, asked: Mapping[str, Any], client: Client) -> Job:
@@ -599,6 +641,12 @@ def _states(files: Iterable[Path]) -> dict[Path, tuple[int, int, int] | None]:
         else:
             states[file] = (found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
     return states
+
+
+def _content(file: Path) -> bytes | None:
+    with suppress(OSError):
+        return file.read_bytes()
+    return None
 
 
 class _Everything:

@@ -85,11 +85,18 @@ def _merge(into: dict[str, Any], document: Mapping[str, Any]) -> list[tuple[str,
     return replaced
 
 
+def _not_waiting(path: str, flags: int) -> int:
+    """Open a pipe too without waiting for who writes to it."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def _read(file: Path) -> str | None:
     """Read a file that nobody else can write; None when there is none."""
     try:
-        with open(file, "rb") as opened:
+        with open(file, "rb", opener=_not_waiting) as opened:
             found = os.fstat(opened.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise ConfigError(f"{file}: is not a file")
             data = opened.read(LARGEST_FILE + 1)
         folder = os.stat(file.parent)
     except FileNotFoundError:

@@ -48,6 +48,7 @@ def begin(state: str, path: str) -> Begun | None:
     """
     os.umask(0o077)
     kernel.close_to_debuggers()
+    _open_standard_files()
     sockets = inherited()
     lock = _lock(os.path.join(state, "owner.lock"), "" if sockets else path)
     if lock is None:
@@ -58,6 +59,15 @@ def begin(state: str, path: str) -> Begun | None:
         sockets = [listen(path)]
     record_owner(lock, path)
     return Begun(lock, sockets, inherited=not made)
+
+
+def _open_standard_files() -> None:
+    """Whoever was started without stderr must not write its log into a lock."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free
 
 
 def _lock(file: str, path: str) -> int | None:
@@ -111,8 +121,7 @@ def record_owner(lock: int, path: str) -> None:
     """Say in the lock's file who has it and where to ask: for people, and for commands."""
     import json
 
-    config = os.environ.get("KEYBROKER_CONFIG", "")
-    text = json.dumps({"pid": os.getpid(), "socket": path, "config": config}) + "\n"
+    text = json.dumps({"pid": os.getpid(), "socket": path}) + "\n"
     os.ftruncate(lock, 0)
     os.pwrite(lock, text.encode(), 0)
 
@@ -222,7 +231,10 @@ def main() -> None:
         sys.stderr.write(f"keybroker: {path}: cannot listen ({error.strerror})\n")
         sys.exit(69)
     if begun is None:
-        sys.stderr.write("keybroker: another keybroker is at work on the same state directory\n")
+        sys.stderr.write(
+            f"keybroker: another keybroker is at work, on the same state directory or at {path}\n"
+            "hint: one that runs as a daemon is ended by: keybroker daemon --stop\n"
+        )
         sys.exit(69)
     sys.modules["ipaddress"] = _Later("ipaddress")
     from keybroker.daemon import run

@@ -7,11 +7,14 @@ from keybroker.errors import KeybrokerError, SourceInvalid, SourceUnavailable
 from keybroker.journal import write_time
 from keybroker.slots import Key
 
+TRIES = 2  # to reach a gateway, until who waits for it is told
+
 
 def rotated_or_failed(broker: Broker, name: str) -> bool:
     """Say whether a profile that was hurried has its new key, or did not get one."""
     slots = broker.slots(name)
-    return not slots.rotate or slots.failures > 0 or broker.full(name)
+    stuck = slots.next is not None and slots.next.failures > 0
+    return not slots.rotate or slots.failures > 0 or stuck or broker.full(name)
 
 
 def rotated(broker: Broker, name: str, old: Key | None) -> dict[str, Any]:
@@ -52,12 +55,13 @@ def not_ours(name: str) -> KeybrokerError:
 
 
 def revoked_or_denied(broker: Broker, name: str) -> bool:
-    """Say whether trying again now would be no use."""
+    """Say whether trying again now would be no use: it is written down, and done later."""
     slots = broker.slots(name)
     denied = slots.trouble is not None and slots.trouble.code != SourceUnavailable.code
     keys = [key for key in slots.keys if key.lease.revocable]
     looked = all(one.looks or one.failures for one in slots.open)
-    return looked and (not keys or (denied and all(key.failures for key in keys)))
+    tried = all(key.failures >= (1 if denied else TRIES) for key in keys)
+    return looked and (not keys or tried)
 
 
 def revoked(broker: Broker, name: str, count: int) -> dict[str, Any]:

@@ -37,13 +37,19 @@ def config_files(environment: Mapping[str, str]) -> tuple[Path, ...]:
     Raises:
         ConfigError: There is no home directory to look in.
     """
-    if named := environment.get("KEYBROKER_CONFIG"):
-        return (Path(named).absolute(),)
+    if named := named_config(environment):
+        return (Path(named),)
     if sys.platform == "darwin":
         user = _home(environment) / "Library/Application Support/keybroker"
         return (Path("/Library/Application Support/keybroker/config.toml"), user / "config.toml")
     user = _base(environment, "XDG_CONFIG_HOME", ".config") / "keybroker"
     return (Path("/etc/keybroker/config.toml"), user / "config.toml")
+
+
+def named_config(environment: Mapping[str, str]) -> str:
+    """Return the file that `KEYBROKER_CONFIG` names, absolute; empty: the usual ones."""
+    named = environment.get("KEYBROKER_CONFIG")
+    return str(Path(named).absolute()) if named else ""
 
 
 def state_directory(environment: Mapping[str, str]) -> Path:
@@ -248,16 +254,10 @@ def owner_lock_is_free(state: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """
-    Who has the owner lock, by what is written into its file.
-
-    Attributes:
-        config: The daemon's `KEYBROKER_CONFIG`; empty: the usual files.
-    """
+    """The daemon that has the owner lock, by what is written into its file."""
 
     pid: int
     socket: Path
-    config: str
 
 
 def owner(state: Path) -> Owner | None:
@@ -265,7 +265,7 @@ def owner(state: Path) -> Owner | None:
     with suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads(Disk().read(state / OWNER_LOCK) or b"")
         if not owner_lock_is_free(state):
-            return Owner(int(found["pid"]), Path(found["socket"]), str(found.get("config", "")))
+            return Owner(int(found["pid"]), Path(found["socket"]))
     return None
 
 

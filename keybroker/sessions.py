@@ -130,8 +130,3 @@ class Sessions:
         if not 0 <= passed < EARLY * ttl_ms / 1000:
             return False
         return changed_at is None or changed_at < last[1] - NOTICED_SECONDS
-
-    def forget(self, profile: str) -> None:
-        """Forget who was given a key of a profile."""
-        for key in [key for key in self._given if key[2] == profile]:
-            del self._given[key]

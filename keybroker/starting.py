@@ -29,7 +29,10 @@ def command(state: Path, socket: Path, form: str) -> list[str]:
 def scrubbed(environment: Mapping[str, str], named: Iterable[str]) -> dict[str, str]:
     """Return the variables that a daemon in the background keeps: those that it has a use for."""
     wanted = {*PASSED_ON, *_OURS, *named}
-    return {name: value for name, value in environment.items() if name in wanted}
+    kept = {name: value for name, value in environment.items() if name in wanted}
+    if "KEYBROKER_CONFIG" in kept:  # it runs in another folder
+        kept["KEYBROKER_CONFIG"] = paths.named_config(environment)
+    return kept
 
 
 def start(state: Path, socket: Path, environment: Mapping[str, str]) -> int:

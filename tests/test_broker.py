@@ -621,7 +621,7 @@ def test_too_many_keys_are_told(host: Host) -> None:
     error = broker.why_not("work")
     assert (type(error), error.message, error.hint) == (
         NotReady,
-        "work: 4 keys are unrevoked, the most allowed for 3600 s more",
+        "work: 4 keys are unrevoked, the most allowed for 60 min more",
         "wait, or end them all: keybroker revoke work",
     )
 

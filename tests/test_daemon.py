@@ -252,8 +252,8 @@ def test_watch_shows_changes(running: Resident) -> None:
             after = json.loads(process.stdout.readline())
             if after["profiles"][0]["fingerprint"] != first["profiles"][0]["fingerprint"]:
                 break
-        process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 130
+        process.terminate()
+        assert process.wait(10) == -signal.SIGTERM
 
 
 # starting and ending
@@ -377,7 +377,12 @@ def test_a_daemon_that_hangs_is_ended_all_the_same(running: Resident) -> None:
     running.process.send_signal(signal.SIGSTOP)
     status, stdout, stderr = running.cli("status")
     assert (status, stderr) == (0, "")
-    assert "nobody answers" in stdout
+    assert stdout.startswith(f"the daemon at {running.socket} does not answer; keybroker daemon")
+    for arguments in (["rotate"], ["reload"], ["source", "test"]):
+        started = time.monotonic()
+        assert running.cli(*arguments)[0] == 69
+        assert time.monotonic() - started < 6
+    assert running.cli("check")[0] == 0
     expected = f"killed process {running.process.pid}, which did not answer\n"
     assert running.cli("daemon", "--stop") == (0, expected, "")
     running.process.wait(10)
@@ -391,20 +396,20 @@ def test_another_configuration_is_not_answered_with_this_ones_key(
     running.key()
     other = running.home.path / "other.toml"
     other.touch(0o600)
-    other.write_text(running.file.read_text())
+    other.write_text('[cache]\nkey = "file"\n' + profile(gateway, "other"))
     running.environment["KEYBROKER_CONFIG"] = str(other)
-    for status, stdout, stderr in (running.cli("get", "work"), running.helper("work")):
+    for status, stdout, stderr in (running.cli("get", "other"), running.helper("other")):
         assert (status, stdout) == (69, "")
         assert stderr == (
             "keybroker: the daemon that runs reads the usual configuration; "
             "keybroker daemon --stop\n"
         )
     assert running.cli("daemon", "--stop")[0] == 0
-    status, stdout, _ = running.cli("get", "work")
+    status, stdout, _ = running.cli("get", "other")
     assert (status, stdout[:3]) == (0, "sk-")
-    assert running.helper("work") == (0, stdout, "")
+    assert running.helper("other") == (0, stdout, "")
     settings = running.cli("status")[1]
-    assert f"-IS '{HELPER}' {running.socket} 'work'" in settings
+    assert f"-IS '{HELPER}' {running.socket} 'other'" in settings
 
 
 def test_a_socket_of_another_state_directory_is_not_taken(
@@ -456,10 +461,10 @@ def test_a_denied_admin_key_is_tried_again_when_its_file_changes(
     resident: Resident, gateway: DevGateway
 ) -> None:
     """Not before, however often somebody asks."""
-    admin = resident.home.path / "admin"
+    admin = resident.home.path / "admin"  # which the configuration names as people do
     admin.touch(0o600)
     admin.write_text("sk-wrong")
-    resident.configure(profile(gateway).replace('{ env = "ADMIN" }', f'{{ file = "{admin}" }}'))
+    resident.configure(profile(gateway).replace('{ env = "ADMIN" }', '{ file = "~/admin" }'))
     resident.start()
     reply = until(lambda: resident.ask("work"))
     assert reply.startswith("error 77 ")
@@ -497,6 +502,79 @@ def test_a_key_file_of_somebody_elses_is_read_when_it_changes(resident: Resident
     assert resident.key() == "sk-first"
     file.write_text("sk-second")
     until(lambda: resident.key() == "sk-second")
+
+
+def test_a_file_that_is_gone_for_a_moment_costs_no_key(
+    running: Resident, gateway: DevGateway
+) -> None:
+    """As when an editor renames it: the configuration before it stays in use."""
+    key = running.key()
+    away = running.file.with_name("config.toml~")
+    running.file.rename(away)
+    until(lambda: "is gone" in running.said())
+    gateway.close()
+    assert running.ask("work") == f"ok {key}"
+    away.rename(running.file)
+    until(lambda: "good again" in running.said())
+    assert running.ask("work") == f"ok {key}"
+
+
+def test_a_named_configuration_may_be_relative(running: Resident, gateway: DevGateway) -> None:
+    """The daemon in the background runs in another folder, and still reads that file."""
+    key = running.key()
+    running.stop()
+    running.file.rename(running.home.path / "kb.toml")
+    running.environment["KEYBROKER_CONFIG"] = os.path.relpath(running.home.path / "kb.toml")
+    assert running.cli("get", "work") == (0, f"{key}\n", "")
+    assert running.cli("status")[0] == 0
+    running.environment["KEYBROKER_CONFIG"] = "nowhere.toml"
+    status, _, stderr = running.cli("get", "work")
+    assert status == 78
+    assert "nowhere.toml: does not exist" in stderr
+
+
+def test_a_storm_of_hangups_is_one_reload(running: Resident) -> None:
+    """However many come, readers go on, and it can be told to end."""
+    key = running.key()
+    assert running.process is not None
+    for _ in range(2000):
+        running.process.send_signal(signal.SIGHUP)
+    assert running.ask("work") == f"ok {key}"
+    assert running.kill(signal.SIGTERM) == 0
+
+
+def test_profiles_come_and_go_while_others_wait(resident: Resident, gateway: DevGateway) -> None:
+    """A key file that changes, a rotation and a reader that wait: nobody's profile is missed."""
+    file = resident.home.path / "key"
+    file.touch(0o600)
+    file.write_text("sk-one")
+    own = (
+        '[profiles.{}]\nbase_url = "http://127.0.0.1:1"\nverify = "none"\n'
+        f'[profiles.{{}}.source]\ntype = "static"\nkey = {{{{ file = "{file}" }}}}\n'
+    )
+    gone = profile(gateway, "gone").replace(gateway.url, "http://127.0.0.1:1")
+    resident.environment["ADMIN"] = gateway.master_key
+    both = own.format("a", "a") + own.format("b", "b")
+    resident.configure(both + gone)
+    resident.start()
+    assert (resident.key("a"), resident.key("b")) == ("sk-one", "sk-one")
+    command = [sys.executable, "-c", "from keybroker.cli import main; main()", "rotate", "gone"]
+    with subprocess.Popen(command, env=resident.environment, stderr=subprocess.PIPE) as rotation:
+        resident.configure(own.format("b", "b"))
+        until(lambda: resident.ask("a").startswith("error 78 "))
+        assert rotation.wait(30) != 0
+    file.write_text("sk-two")
+    until(lambda: resident.ask("b") == "ok sk-two")
+    assert "internal error" not in resident.said()
+
+
+def test_a_journal_that_is_damaged_meanwhile_ends_nobody(running: Resident) -> None:
+    """A running daemon goes on with what it knows."""
+    key = running.key()
+    journal = running.state / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes().replace(b'"have"', b'"hove"'))
+    assert running.cli("reload")[0] == 0
+    assert running.ask("work") == f"ok {key}"
 
 
 # suspicion and push
@@ -612,10 +690,20 @@ def test_a_locked_keyring_costs_no_key(home: Home, gateway: DevGateway) -> None:
             reply = resident.ask("work")
             assert reply.startswith("ok sk-")
             assert replay(Journal(resident.state).read())["work"].current is not None
-            first_is_alive = [live.token[:8] for live in gateway.live_keys()]
-            assert len(first_is_alive) == 2
+            assert len(gateway.live_keys()) == 2
             assert resident.row()["retired"][0]["why"] == "replaced"
             assert first not in reply
+            keyring.unlock()
+            assert resident.cli("reload")[0] == 0
+            until(lambda: resident.status()["cache"] == "OS keyring")
+            until(lambda: "sealed with the OS keyring" in resident.said())
+            kept = resident.key()
+            time.sleep(0.5)  # it is sealed by now, and nobody is told of a new key
+            assert resident.said().count("is handed out") == 2
+            resident.kill()
+            gateway.close()
+            resident.start()
+            assert resident.key() == kept
         finally:
             resident.stop()
 

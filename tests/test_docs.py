@@ -205,7 +205,7 @@ def options(command: click.Command, words: list[str]) -> Iterator[tuple[str, str
             assert found is not None
             yield from options(found, [*words, name])
     for option in command.params:
-        if isinstance(option, click.Option):
+        if isinstance(option, click.Option) and not option.hidden:  # those are for our helper
             yield " ".join(words), max(option.opts, key=len)
 
 

@@ -106,8 +106,14 @@ def it() -> Iterator[Helper]:
 
 
 def slow_path(*profile: str) -> Run:
-    """What a helper did that went the slow way: nothing but becoming that."""
+    """
+    What a helper did that went the slow way: nothing but becoming that.
+
+    With `--nobody` first, nobody was there to ask; else somebody did not answer, and it says so.
+    """
     descriptors = 4  # the three, and the folder's that lists them
+    nobody = profile[:1] == ("--nobody",)
+    profile = profile[1:] if nobody else ("--unanswered", *profile)
     return Run(0, "|".join(["slow", "get", *profile, "", f"{descriptors}\n"]).encode(), "")
 
 
@@ -167,7 +173,7 @@ def test_stdin_is_not_read(it: Helper) -> None:
     with ours, theirs:
         with ScriptedServer(it.socket, read, OK):
             assert it.run(stdin=theirs.fileno()) == Run(0, PRINTED, "")
-        assert it.run(stdin=theirs.fileno()) == slow_path("work")
+        assert it.run(stdin=theirs.fileno()) == slow_path("--nobody", "work")
 
 
 def test_a_key_is_in_no_argument_and_no_environment(it: Helper) -> None:
@@ -403,8 +409,8 @@ def test_nobody_is_there(it: Helper, what: str) -> None:
         with socket.socket(socket.AF_UNIX) as dead:
             dead.bind(str(it.socket))
 
-    assert it.run() == slow_path("work")
-    assert it.run(it.socket, "-") == slow_path()
+    assert it.run() == slow_path("--nobody", "work")
+    assert it.run(it.socket, "-") == slow_path("--nobody")
 
 
 def test_a_path_that_no_socket_can_have_is_nobody(it: Helper) -> None:
@@ -625,7 +631,7 @@ def test_a_closed_stdin_or_stderr_is_no_obstacle(it: Helper) -> None:
     with ScriptedServer(it.socket, read, b"error 75 keybroker: why\n"):
         assert shell(it, "2>&-") == Run(75, b"", "")
         assert shell(it, "<&- 2>&-") == Run(75, b"", "")
-    assert shell(it, "<&-") == slow_path("work")
+    assert shell(it, "<&-") == slow_path("--nobody", "work")
 
 
 def test_a_full_disk_is_said(it: Helper) -> None:

@@ -24,7 +24,7 @@ from keybroker.slots import Event
 from tests.patched import daemon_with
 from tests.resident import Resident, until
 
-ANOTHER = "keybroker: another keybroker is at work on the same state directory\n"
+ANOTHER = "keybroker: another keybroker is at work, on the same state directory or at "
 UNPRIVILEGED = 65_534
 
 
@@ -109,7 +109,8 @@ def test_a_second_daemon_says_so_and_ends(running: Resident) -> None:
     """Status 69; the first goes on at the same socket."""
     key, place = running.key(), inode(running.socket)
 
-    assert another(running) == (69, ANOTHER)
+    status, said = another(running)
+    assert (status, said.startswith(ANOTHER)) == (69, True)
     assert (running.key(), inode(running.socket)) == (key, place)
 
 
@@ -197,7 +198,7 @@ def test_the_wait_for_a_lock_ends(ready: Resident) -> None:
     ready.start(ready=False, command=daemon_with(patch, ready.state, ready.socket))
 
     assert ended(ready) == 69
-    assert ready.said() == ANOTHER
+    assert ready.said().startswith(ANOTHER)
     os.close(lock)
 
 
@@ -272,7 +273,8 @@ def test_a_lock_that_is_removed_makes_room_for_nobody(running: Resident, how: st
     if how == "replaced":
         lock.touch(0o600)
 
-    assert another(running) == (69, ANOTHER)
+    status, said = another(running)
+    assert (status, said.startswith(ANOTHER)) == (69, True)
     assert running.key() == key
     assert running.listens()
 

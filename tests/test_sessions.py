@@ -244,17 +244,6 @@ def test_each_ask_starts_the_count_anew() -> None:
     assert not known.suspicious(ME, "work", "aaaa0000", TTL_MS, 1120, None)
 
 
-def test_a_profile_is_forgotten() -> None:
-    """And no other."""
-    known = told()
-    known.given(ME, "local", "aaaa0000", 1000)
-    known.forget("work")
-    known.forget("unknown")
-
-    assert not known.suspicious(ME, "work", "aaaa0000", TTL_MS, 1001, None)
-    assert known.suspicious(ME, "local", "aaaa0000", TTL_MS, 1001, None)
-
-
 def test_the_oldest_are_forgotten_first() -> None:
     """Who asks again is not old, however long ago the first time was."""
     known = Sessions()

@@ -54,7 +54,8 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.command("get")
 @for_profile
 @click.option("--no-start", is_flag=True, help="Start no daemon; do what is due here and now.")
-def get_command(profile: str | None, no_start: bool) -> None:
+@click.option("--unanswered", is_flag=True, hidden=True)  # by the helper, which asked already
+def get_command(profile: str | None, no_start: bool, unanswered: bool) -> None:
     """Print the current key of PROFILE and nothing else.
 
     The daemon has it ready; if none runs, one is started. While the gateway is out of reach the
@@ -63,12 +64,13 @@ def get_command(profile: str | None, no_start: bool) -> None:
     """
     config = configuration()
     wanted = config.profile(profile)
-    socket = daemon_socket()
-    if socket is None and no_start:
-        answer(config, wanted)
-        return
     try:
-        _ask_daemon(socket or _start_daemon(config), wanted)
+        if unanswered and not paths.owner_lock_is_free(state()):
+            raise NobodyAnswers("the daemon does not answer", hint="keybroker daemon --stop")
+        socket = daemon_socket()
+        if socket is not None or not no_start:
+            _ask_daemon(socket or _start_daemon(config), wanted)
+            return
     except (NobodyAnswers, JournalError) as error:
         # Whatever became of the daemon: what was sealed and is alive is good for its reader.
         problem: KeybrokerError = error
@@ -79,6 +81,8 @@ def get_command(profile: str | None, no_start: bool) -> None:
         if found is None:
             raise problem from None
         _hand_out(wanted, found)
+        return
+    answer(config, wanted)
 
 
 def _start_daemon(config: Config) -> Path:
@@ -384,13 +388,14 @@ def sweep_command(profile: str | None, yes: bool, dry_run: bool, as_json: bool) 
             "sweep: no configured profile mints keys, so no gateway can be asked",
             hint="keybroker config path",
         )
-    with owner() as lock, desk(config, lock=lock) as at:
+    with desk(config, lock=None) as at:  # nothing of the journal's is written
         begins = prefix(at.instance)
-        known = {one.label for name in at.broker.names() for one in at.broker.slots(name).all}
         orphans = []
         for one in places.values():
             with progress(f"listing keys at {one.issuer.url}"):
                 found = at.pool.call(one.type, "sweep", ACT_SECONDS, profile=one, prefix=begins)
+            # Read after they were listed: a key is in the journal before it is minted.
+            known = {o.label for s in replay(Journal(at.state).read()).values() for o in s.all}
             orphans += [
                 (one, f["label"], f["lease"])
                 for f in found["found"]
@@ -441,16 +446,23 @@ def check_command(profile: str | None, min_remaining: timedelta, as_json: bool) 
     elif left is not None:
         print(f"{wanted.name}: {'no end' if left == timedelta.max else in_words(left) + ' left'}")
     if not enough:
-        what = "no key" if left is None else f"only {in_words(left)} left"
-        raise NotReady(f"{wanted.name}: {what}", hint=f"keybroker rotate {wanted.name}")
+        if left is None:
+            raise NotReady(f"{wanted.name}: no key", hint=f"keybroker get {wanted.name}")
+        lifetime = wanted.source.get("lifetime")
+        better = lifetime is not None and min_remaining < lifetime
+        raise NotReady(
+            f"{wanted.name}: only {in_words(left)} left",
+            hint=f"keybroker rotate {wanted.name}" if better else None,
+        )
 
 
 def _remaining(config: Config, wanted: Profile) -> timedelta | None:
     """Return how long the current key has left; None without one, `max` for one without an end."""
-    socket = daemon_socket()
-    if socket is not None:
-        rows = wire.control(socket, "status", ACT_SECONDS)["profiles"]
-    else:
+    rows: list[dict[str, Any]] | None = None
+    with suppress(NobodyAnswers):  # what is on disk is good enough then
+        if (socket := daemon_socket()) is not None:
+            rows = wire.control(socket, "status", ACT_SECONDS)["profiles"]
+    if rows is None:
         with desk(config, lock=None, only=wanted) as at:
             rows = standing.rows(at.broker, [wanted])
     for row in rows:

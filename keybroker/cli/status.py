@@ -74,19 +74,21 @@ def status_command(profile: str | None, watch: bool, lid: timedelta, as_json: bo
 
 def _standing(config: Config, profile: str | None) -> dict[str, Any]:
     """Return how things stand: from the daemon, else from what is on disk."""
-    socket = daemon_socket()
-    lost: list[str] = []
-    if socket is not None:
-        try:
-            return {"lost": lost, **wire.control(socket, "status", SECONDS)}
-        except NobodyAnswers as error:
-            lost.append(f"{error.message}; keybroker daemon --stop")
+    problem = None
+    try:
+        socket = daemon_socket()
+        if socket is not None:
+            found = wire.control(socket, "status", SECONDS)
+            return {"lost": [], "problem": problem, **found}
+    except NobodyAnswers as error:
+        problem = f"{error.message}; {error.hint}" if error.hint else error.message
     chosen = [config.profile(profile)] if profile else list(config.profiles.values())
     with desk(config, lock=None) as at:
         return {
             "daemon": None,
             "cache": at.wrap_key.origin,
-            "lost": lost + at.lost,
+            "problem": problem,
+            "lost": at.lost,
             "profiles": standing.rows(at.broker, chosen),
             "unconfigured": standing.unconfigured(at.broker, config.profiles),
             "push": None,
@@ -110,13 +112,13 @@ def _show(
         row["lid"] = _lid(row, lid)
     left = [] if profile else found["unconfigured"]
     if as_json:
-        shown = {name: found[name] for name in ("daemon", "cache", "push")}
+        shown = {name: found.get(name) for name in ("daemon", "problem", "cache", "push")}
         text = {**shown, "profiles": rows, "unconfigured": left}
         print_json(text) if not briefly else print(json.dumps(text))
         return
     if not rows and not left:
         config.profile(None)  # says how to configure one
-    _print_daemon(found["daemon"])
+    _print_daemon(found["daemon"], found.get("problem"))
     _print_table(rows)
     for row in rows:
         _print_details(row, found)
@@ -131,7 +133,10 @@ def _show(
         print(f"  end them: {text}")
 
 
-def _print_daemon(daemon: dict[str, Any] | None) -> None:
+def _print_daemon(daemon: dict[str, Any] | None, problem: str | None) -> None:
+    if problem is not None:
+        print(f"{problem}\nwhat follows is what is on disk\n")
+        return
     if daemon is None:
         print("no daemon runs; the next `keybroker get` starts one\n")
         return

@@ -14,7 +14,7 @@ from keybroker.cache import WrapKey
 from keybroker.clock import Clock
 from keybroker.config import Config, Profile, load
 from keybroker.credential import Secret
-from keybroker.errors import NobodyAnswers
+from keybroker.errors import ConfigError, NobodyAnswers
 from keybroker.handout import Sealed
 from keybroker.journal import Journal
 from keybroker.pool import Pool, variables
@@ -22,7 +22,7 @@ from keybroker.rotation import Kind
 from keybroker.slots import Record, replay
 
 LOAD_SECONDS = 10.0
-ABOUT_SECONDS = 3.0
+ABOUT_SECONDS = 2.0
 
 
 @dataclass(slots=True)
@@ -39,6 +39,15 @@ class Desk:
 
 
 def configuration() -> Config:
+    """
+    Read the configuration.
+
+    Raises:
+        ConfigError: It is wrong, or the file that was named for it is not there.
+    """
+    named = paths.named_config(os.environ)
+    if named and not os.path.exists(named):
+        raise ConfigError(f"{named}: does not exist", hint="KEYBROKER_CONFIG names it")
     return load(paths.config_files(os.environ))
 
 
@@ -51,26 +60,31 @@ def daemon_socket() -> Path | None:
     Return where our daemon answers; None when none runs.
 
     Raises:
-        NobodyAnswers: The one that runs has another configuration, or another state directory.
+        NobodyAnswers: The one that runs does not answer, or has another configuration or
+            another state directory.
     """
-    where, usual = state(), paths.socket_path(os.environ)
-    found = paths.owner(where)
-    if found is None and listening.answers(str(usual)):
-        about = wire.control(usual, "about", ABOUT_SECONDS)
-        if about["state"] != str(where):
-            raise NobodyAnswers(
-                f"the daemon at {usual} has another state directory",
-                hint="give each a runtime directory of its own",
-            )
-        found = paths.Owner(about["pid"], usual, about["config"])
-    if found is None or not listening.answers(str(found.socket)):
+    where = state()
+    owner_of_it = paths.owner(where)
+    socket = paths.socket_path(os.environ) if owner_of_it is None else owner_of_it.socket
+    if not listening.answers(str(socket)):
         return None
-    if found.config != os.environ.get("KEYBROKER_CONFIG", ""):
+    try:
+        about = wire.control(socket, "about", ABOUT_SECONDS)
+    except NobodyAnswers:
         raise NobodyAnswers(
-            f"the daemon that runs reads {found.config or 'the usual configuration'}",
+            f"the daemon at {socket} does not answer", hint="keybroker daemon --stop"
+        ) from None
+    if about["state"] != str(where):
+        raise NobodyAnswers(
+            f"the daemon at {socket} has another state directory",
+            hint="give each a runtime directory of its own",
+        )
+    if about["config"] != paths.named_config(os.environ):
+        raise NobodyAnswers(
+            f"the daemon that runs reads {about['config'] or 'the usual configuration'}",
             hint="keybroker daemon --stop",
         )
-    return found.socket
+    return socket
 
 
 @contextmanager
