@@ -789,6 +789,26 @@ def test_a_followed_profile_that_names_another_source_drops_the_old_key(host: Ho
     assert host.ask() == "sk-second"
 
 
+def test_a_key_that_is_to_end_is_handed_out_no_more(host: Host) -> None:
+    """From the moment that somebody asked for it, before anything was written down."""
+    minted(host)
+    host.broker.end("work", "it was asked for")
+    assert host.broker.credential("work") is None
+    assert host.broker.handout("work") is None
+
+
+def test_the_drift_that_was_looked_at_ends_with_its_key(host: Host) -> None:
+    """The next key's times are by the clocks as they are: another disagreement is one."""
+    minted(host)
+    host.run(10)
+    host.time.error -= 30 * MINUTE
+    assert host.ask() is not None  # tried, and replaced
+    host.run(10)
+    assert host.broker.handout("work") is not None
+    host.time.error += 30 * MINUTE
+    assert host.broker.handout("work") is None
+
+
 def test_what_is_sealed_is_ours_only_if_the_journal_agrees(host: Host) -> None:
     """A sealed key that the journal has as gone, or never had, is not handed out."""
     first = minted(host)
