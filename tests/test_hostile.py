@@ -624,7 +624,7 @@ NASTY = (
     *(b"", b"\n", b" \n", b"\0\n", b"\0" * 1024, b"\xff" * 300 + b"\n", b"1\n", b"1 \n"),
     *(b"1 get\n", b"0 get - 0 0\n", b"2 get - 0 0\n", b"01 get - 0 0\n", b"-1 get - 0 0\n"),
     *(b"1  get - 0 0\n", b" 1 get - 0 0\n", b"1 get - 0\n", b"1 get - - -\n", b"1 get - -1 0\n"),
-    *(b"1 get - 1e3 0\n", b"1 get - 0 0x1\n", b"1 get ../work 0 0\n", b"1 get WORK 0 0\n"),
+    *(b"1 get - 1e3 0\n", b"1 get - 0 0x1\n", b"1 get ../home 0 0\n", b"1 get WORK 0 0\n"),
     *(b"1 get work\0 0 0\n", b"1 GET work 0 0\n", b"1 get nobody 0 0\n", b"1 put work 0 0\n"),
     *(b"1 get work " + b"9" * 900 + b" 0\n", b"1 get work 0 " + b"9" * 400 + b"\n"),
     *(b"1 get work 0 0\r\n", b"1 get work 0 0\n1 get work 0 0\n", b"1 get work 0 0\nx"),
