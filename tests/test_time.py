@@ -410,7 +410,7 @@ def test_whatever_the_clocks_do_what_is_printed_is_alive(silent: Laptop, seed: i
     silent.configure(lifetime="6s", hold="2s")
     silent.start()
     printed = [silent.resident.key()]
-    for _ in range(30):
+    for _ in range(45):
         move = chance.choice(("nap", "sleep", "step", "outage", "ring"))
         if move == "nap":
             silent.sleep(1)
