@@ -29,7 +29,7 @@ def measure(folder: Path, say: Callable[[str], None]) -> Iterator[Figure]:
     """Take the figures of what is slower than the helper."""
     del say
     home = furnish(folder / "get")
-    get = (KEYBROKER, "get", "work")
+    get = (KEYBROKER, "get", "--no-start", "work")
     if output(get, home.environment) != home.key:
         raise UnmeasurableError("keybroker get prints another key")
 
@@ -37,7 +37,7 @@ def measure(folder: Path, say: Callable[[str], None]) -> Iterator[Figure]:
         return seconds(BARE, home.environment)
 
     rounds = interleaved({"get": lambda: seconds(get, home.environment), "bare": bare}, ROUNDS)
-    about = "`keybroker get` without a daemon, of a bare `python -IS -c pass`"
+    about = "`keybroker get --no-start`, of a bare `python -IS -c pass`"
     yield Figure("get", about, ratio(rounds, "get", "bare"), ROUNDS)
     rounds = interleaved({"rule": _rule(), "bare": bare}, ROUNDS)
     about = f"what to do next for {PROFILES:,} keys, of a bare `python -IS -c pass`"
