@@ -28,6 +28,7 @@ from keybroker.errors import (
     KeybrokerError,
     NobodyAnswers,
     NotReady,
+    place,
 )
 from keybroker.handout import Sealed
 from keybroker.journal import COMPACT_ABOVE, Journal
@@ -223,12 +224,7 @@ class Daemon:
 
     def _failed(self, error: Exception) -> float:
         """Say where a turn failed, without its text, which may hold a secret; go on in a while."""
-        trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        code = "?" if trace is None else trace.tb_frame.f_code.co_filename
-        place = f"{os.path.basename(code)}:{0 if trace is None else trace.tb_lineno}"
-        text = f"internal error: {type(error).__name__} at {place}"
+        text = f"internal error: {type(error).__name__} at {place(error)}"
         if isinstance(error, KeybrokerError):
             text = error.message
         self._failures += 1

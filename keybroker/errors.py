@@ -135,3 +135,14 @@ CLASSES: dict[str, type[KeybrokerError]] = {
         KeybrokerError,
     )
 }
+
+
+def place(error: BaseException) -> str:
+    """Name the file and line where an error came from, without any value: it may be a secret."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return "?"
+    name = trace.tb_frame.f_code.co_filename.rpartition("/")[2]
+    return f"{name}:{trace.tb_lineno}"

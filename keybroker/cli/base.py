@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from keybroker import __version__, wire
-from keybroker.errors import KeybrokerError, OutputLost
+from keybroker.errors import KeybrokerError, OutputLost, place
 from keybroker.fields import read_duration
 from keybroker.kernel import close_to_debuggers
 
@@ -140,8 +140,7 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # its text may hold a secret; its type does not
-        place = _place(error)
-        return say(KeybrokerError(f"internal error: {type(error).__name__} at {place}"))
+        return say(KeybrokerError(f"internal error: {type(error).__name__} at {place(error)}"))
 
 
 def say(error: KeybrokerError, *, one_line: bool = False) -> int:
@@ -154,16 +153,6 @@ def say(error: KeybrokerError, *, one_line: bool = False) -> int:
         if hint:
             print(f"hint: {hint}", file=sys.stderr)
     return error.exit_status
-
-
-def _place(error: Exception) -> str:
-    """Name the file and line where an error came from, without any value."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None:
-        return "?"
-    return f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}"
 
 
 def print_json(value: Any) -> None:

@@ -75,22 +75,15 @@ class _Stage:
 
     def run(self, *arguments: str) -> str:
         """Run a command of ours as a user does; return what it printed."""
-        done = subprocess.run(
-            [*COMMAND, *arguments],
-            env=dict(self.environment),
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-        )
-        self.tell()
-        if done.returncode != 0:
-            raise KeybrokerError(f"demo: {arguments[0]} failed: {done.stderr.strip()[:200]}")
-        return done.stdout
+        return self._output(*COMMAND, *arguments)
 
     def helper(self) -> str:
         """Ask for the key as Claude Code does; the first time, this starts the daemon."""
+        return self._output(sys.executable, "-IS", str(HELPER), "-", "demo").strip()
+
+    def _output(self, *command: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-IS", str(HELPER), "-", "demo"],
+            command,
             env=dict(self.environment),
             capture_output=True,
             text=True,
@@ -98,8 +91,8 @@ class _Stage:
         )
         self.tell()
         if done.returncode != 0:
-            raise KeybrokerError(f"demo: the helper failed: {done.stderr.strip()[:200]}")
-        return done.stdout.strip()
+            raise KeybrokerError(f"demo: a command failed: {done.stderr.strip()[:200]}")
+        return done.stdout
 
     def play(self, seconds: float) -> None:
         """Talk to the gateway with the helper's key, which is asked for anew each second."""
