@@ -4,6 +4,7 @@ No secret is in it; a secret is a reference. Unknown keys are errors, because a 
 `lifetime` must not become a key that lives for ever.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -27,13 +28,18 @@ from keybroker.fields import (
     TEXT,
     TEXTS,
     URL,
+    VAULT_API_PATH,
     Field,
     one_of,
+    read_table_of,
     show_duration,
+    unknown,
 )
 from keybroker.rotation import Kind, Policy, default_hold, shortest_lifetime
 from keybroker.values import dataclass, field
+from keybroker.vault import AUTH, PLACE, Vault, read_vault, with_variables
 
+USUAL_LEASE = timedelta(hours=1)  # how long one whose answer was lost is taken to live
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
 GENERAL = {
@@ -115,6 +121,32 @@ SOURCES: dict[str, dict[str, Field]] = {
         "poll": Field(DURATION, "How often it is read.", default=timedelta(minutes=5)),
     },
 }
+SOURCES["vault"] = {
+    **PLACE,
+    "path": Field(
+        VAULT_API_PATH,
+        "As the API has it: secret/data/llm/key (KV 2), secret/llm/key (KV 1), "
+        "database/creds/role (dynamic), database/static-creds/role (static-role).",
+        required=True,
+    ),
+    "field": Field(TEXT, "The field of the answer's data that holds the key.", default="key"),
+    "engine": Field(
+        one_of("kv", "dynamic", "static-role"),
+        "What is read there: a key that somebody keeps, one made for us with a lease, or one "
+        "that Vault itself rotates.",
+        default="kv",
+    ),
+    "version": Field(COUNT, "Always this version of a KV 2 secret; the newest when absent."),
+    "parameters": Field(TABLE, "Sent along, to an engine that wants its path written (dynamic)."),
+    "lifetime": Field(DURATION, "How far a renewal moves a lease's end; as granted when absent."),
+    "allow_orphans": Field(
+        BOOLEAN,
+        "Take leases of more than 24h: one whose answer was lost lives so long (dynamic).",
+        default=False,
+    ),
+    "poll": Field(DURATION, "How often it is read.", default=timedelta(seconds=60)),
+    "timeout": Field(DURATION, "The longest one call takes.", default=timedelta(seconds=8)),
+}
 MINTING = frozenset({"litellm"})
 
 
@@ -140,21 +172,30 @@ class Profile:
     max_live: int
     type: str
     source: Mapping[str, Any]
+    vault: Vault | None
     raw: Mapping[str, Any] = field(repr=False)
 
     @property
     def kind(self) -> Kind:
+        if self.type == "vault" and self.source["engine"] == "dynamic":
+            return Kind.LEASED
         return Kind.MINTED if self.type in MINTING else Kind.FOLLOWED
 
     @property
     def issuer(self) -> Issuer:
         """Who issues this profile's keys; a key of any other is not handed out."""
+        vault = "" if self.vault is None else self.vault.text
         if self.kind is Kind.MINTED:
             url = self.source["url"] or origin(self.base_url)
-            return Issuer(self.type, url, self.source["admin"], self.ca)
+            return Issuer(self.type, url, self.source["admin"], self.ca, vault)
+        if self.type == "vault" and self.vault is not None:
+            pinned = "" if self.source["version"] is None else f"?version={self.source['version']}"
+            space = "" if self.vault.namespace is None else f"{self.vault.namespace}/"
+            path = f"/v1/{space}{self.source['path']}{pinned}#{self.source['field']}"
+            return Issuer(self.type, self.vault.address + path, vault=vault)
         if self.type == "command":
             return Issuer(self.type, self.base_url, Reference("command", self.source["command"]))
-        return Issuer(self.type, self.base_url, self.source["key"])
+        return Issuer(self.type, self.base_url, self.source["key"], vault=vault)
 
     @property
     def policy(self) -> Policy:
@@ -168,6 +209,9 @@ class Profile:
         }
         if self.kind is Kind.MINTED:
             return Policy(**common, lifetime=self.source["lifetime"], max_live=self.max_live)
+        if self.kind is Kind.LEASED:
+            lifetime = self.source["lifetime"] or USUAL_LEASE
+            return Policy(**common, lifetime=lifetime, max_live=self.max_live)
         return Policy(**common, poll=self.source["poll"])
 
     @property
@@ -235,33 +279,48 @@ def is_loopback(url: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def load(files: Sequence[Path]) -> Config:
+def load(files: Sequence[Path], environment: Mapping[str, str] = os.environ) -> Config:
     """
     Read and check the files that exist, later ones over earlier ones.
+
+    Args:
+        files: Those that may be there.
+        environment: Has what a [vault] table leaves out.
 
     Raises:
         ConfigError: The first thing that is wrong with them, by file, line and key.
     """
     document = read(files)
-    return parse(document.tables, document.where, document.files)
+    return parse(document.tables, document.where, document.files, environment)
 
 
-def parse(tables: Mapping[str, Any], where: Where, files: tuple[Path, ...] = ()) -> Config:
+def parse(
+    tables: Mapping[str, Any],
+    where: Where,
+    files: tuple[Path, ...] = (),
+    environment: Mapping[str, str] = os.environ,
+) -> Config:
     """
     Check a document.
 
     Raises:
         ConfigError: The first thing that is wrong with it.
     """
-    allowed = [*GENERAL, "defaults", "cache", "profiles"]
+    allowed = [*GENERAL, "defaults", "cache", "vault", "profiles"]
     for name in tables:
         if name not in allowed:
-            raise where.error((name,), _unknown(name, allowed))
-    general = _table({k: v for k, v in tables.items() if k in GENERAL}, GENERAL, (), where)
-    cache = _table(_dict(tables, "cache", where), CACHE, ("cache",), where)
+            raise where.error((name,), unknown(name, allowed))
+    general = read_table_of({k: v for k, v in tables.items() if k in GENERAL}, GENERAL, (), where)
+    cache = read_table_of(_dict(tables, "cache", where), CACHE, ("cache",), where)
     shared = _dict(tables, "defaults", where)
     known = {name: Field(one.kind, one.doc) for name, one in PROFILE.items()}
-    _table(shared, known, ("defaults",), where)
+    read_table_of(shared, known, ("defaults",), where)
+    vault = _dict(tables, "vault", where)
+    for name in vault:
+        if name not in (*PLACE, "auth"):
+            raise where.error(("vault", name), unknown(name, [*PLACE, "auth"]))
+    if vault:
+        read_vault(with_variables(vault, environment), ("vault",), where)
     profiles = {}
     for name, entry in _dict(tables, "profiles", where).items():
         if not NAME.fullmatch(name):
@@ -269,11 +328,39 @@ def parse(tables: Mapping[str, Any], where: Where, files: tuple[Path, ...] = ())
             raise where.error(("profiles", name), problem)
         if not isinstance(entry, dict):
             raise where.error(("profiles", name), "expected a table")
-        profiles[name] = read_profile(name, {**shared, **entry}, where)
+        if "vault" in entry:
+            raise where.error(("profiles", name, "vault"), unknown("vault", list(PROFILE)))
+        whole = _with_vault(name, {**shared, **entry}, vault, environment, where)
+        profiles[name] = read_profile(name, whole, where)
     default = general["default"]
     if default is not None and default not in profiles:
         raise where.error(("default",), "no profile has this name")
     return Config(profiles, default, cache["key"], files)
+
+
+def _with_vault(
+    name: str,
+    raw: dict[str, Any],
+    vault: Mapping[str, Any],
+    environment: Mapping[str, str],
+    where: Where,
+) -> dict[str, Any]:
+    """Give a profile the Vault that it needs: a worker has its entry, and nothing else."""
+    source = raw.get("source")
+    if not isinstance(source, dict):
+        return raw
+    if source.get("type") == "vault":
+        if "address" in source:  # what is meant for one server is not taken to another
+            return {**raw, "source": with_variables(source, environment)}
+        return {**raw, "source": with_variables({**vault, **source}, environment)}
+    if any(isinstance(value, dict) and "vault" in value for value in source.values()):
+        if not vault:
+            raise where.error(
+                ("profiles", name, "source"),
+                "there is no [vault] table that says how to log in to Vault; see docs/vault.md",
+            )
+        return {**raw, "vault": with_variables(vault, environment)}
+    return raw
 
 
 def read_profile(name: str, raw: Mapping[str, Any], where: Where) -> Profile:
@@ -284,7 +371,8 @@ def read_profile(name: str, raw: Mapping[str, Any], where: Where) -> Profile:
         ConfigError: It has an unknown key, a wrong value, or numbers that cannot work together.
     """
     path = ("profiles", name)
-    values = _table({k: v for k, v in raw.items() if k != "source"}, PROFILE, path, where)
+    given = {k: v for k, v in raw.items() if k not in ("source", "vault")}
+    values = read_table_of(given, PROFILE, path, where)
     if "source" not in raw:
         raise where.error(path, "has no [source] table")
     source = _dict(raw, "source", where, path)
@@ -292,10 +380,16 @@ def read_profile(name: str, raw: Mapping[str, Any], where: Where) -> Profile:
     if not isinstance(kind, str) or kind not in SOURCES:
         known = ", ".join(sorted(SOURCES))
         raise where.error((*path, "source", "type"), f"expected one of {known}")
-    rest = {k: v for k, v in source.items() if k != "type"}
-    settings = _table(rest, SOURCES[kind], (*path, "source"), where)
+    vault = None
+    if kind == "vault":
+        vault = read_vault(source, (*path, "source"), where)
+    elif "vault" in raw:
+        vault = read_vault(raw["vault"], ("vault",), where)
+    ours = ("type", "auth") if kind == "vault" else ("type",)
+    rest = {k: v for k, v in source.items() if k not in ours}
+    settings = read_table_of(rest, SOURCES[kind], (*path, "source"), where)
     values["hold"] = values["hold"] or default_hold(values["helper_ttl"])
-    profile = Profile(name=name, **values, type=kind, source=settings, raw=raw)
+    profile = Profile(name=name, **values, type=kind, source=settings, vault=vault, raw=raw)
     for key, problem in _contradictions(profile):
         raise where.error((*path, *key.split(".")), problem)
     return profile
@@ -313,11 +407,17 @@ def _contradictions(profile: Profile) -> Iterator[tuple[str, str]]:
             yield "source.placeholder", "expected one word of printable ASCII"
         if value.startswith(("sk-", "Bearer")) or len(value) > 64:
             yield "source.placeholder", "this looks like a key; use key = { keyring = … }"
-    if profile.kind is not Kind.MINTED:
-        if profile.verify == "info":
-            yield "verify", f"a {profile.type} source has no key API to ask"
+    if profile.kind is not Kind.MINTED and profile.verify == "info":
+        yield "verify", f"a {profile.type} source has no key API to ask"
+    if profile.type == "vault":
+        yield from _vault_contradictions(profile)
+    if profile.kind is Kind.FOLLOWED:
         return
-    lifetime: timedelta = profile.source["lifetime"]
+    if profile.max_live < 3:
+        yield "max_live", "a rotation needs room for 3 keys: old, new, and one not yet revoked"
+    lifetime: timedelta | None = profile.source["lifetime"]
+    if lifetime is None:
+        return
     if lifetime % timedelta(seconds=1):
         yield "source.lifetime", "expected whole seconds"
     if lifetime < shortest_lifetime(profile.hold):
@@ -340,34 +440,25 @@ def _contradictions(profile: Profile) -> Iterator[tuple[str, str]]:
                 f"{show_duration(_whole(lifetime / 4))} works"
             ),
         )
-    if profile.max_live < 3:
-        yield "max_live", "a rotation needs room for 3 keys: old, new, and one not yet revoked"
+
+
+def _vault_contradictions(profile: Profile) -> Iterator[tuple[str, str]]:
+    source, engine = profile.source, profile.source["engine"]
+    versioned = engine == "kv" and "/data/" in source["path"]
+    if source["version"] is not None and not versioned:
+        yield "source.version", "only a KV 2 secret has versions: its path has /data/ in it"
+    if engine != "dynamic":
+        for name in ("parameters", "lifetime"):
+            if source[name] is not None:
+                yield f"source.{name}", 'is for engine = "dynamic"'
+        if source["allow_orphans"]:
+            yield "source.allow_orphans", 'is for engine = "dynamic"'
 
 
 def _whole(length: timedelta) -> timedelta:
     """Round down to what reads well."""
     one = timedelta(milliseconds=1 if timedelta(0) < length < timedelta(seconds=1) else 1000)
     return length // one * one
-
-
-def _table(
-    raw: Mapping[str, Any], fields: Mapping[str, Field], path: tuple[str, ...], where: Where
-) -> dict[str, Any]:
-    for name in raw:
-        if name not in fields:
-            raise where.error((*path, name), _unknown(name, list(fields)))
-    values = {}
-    for name, one in fields.items():
-        if name in raw:
-            try:
-                values[name] = one.kind.read(raw[name])
-            except ValueError as error:
-                raise where.error((*path, name), str(error)) from None
-        elif one.required:
-            raise where.error(path, f"has no {name}: {one.doc[0].lower()}{one.doc[1:]}")
-        else:
-            values[name] = one.default
-    return values
 
 
 def _dict(
@@ -379,24 +470,15 @@ def _dict(
     return found
 
 
-def _unknown(name: str, allowed: list[str]) -> str:
-    from difflib import get_close_matches
-
-    close = get_close_matches(name, allowed, 1)
-    return f"unknown key; did you mean {close[0]}?" if close else "unknown key"
-
-
 def schema() -> dict[str, Any]:
     """Return the JSON Schema of the file, built from the tables that read it."""
     base = _object(PROFILE)
-    sources = [
-        {
-            **(one := _object(fields)),
-            "properties": {"type": {"const": name}, **one["properties"]},
-            "required": ["type", *one.get("required", [])],
-        }
-        for name, fields in SOURCES.items()
-    ]
+    vault = _object(PLACE)
+    vault["properties"]["auth"] = {"oneOf": [_named("method", *one) for one in AUTH.items()]}
+    sources = [_named("type", *one) for one in SOURCES.items()]
+    for one in sources:
+        if one["properties"]["type"] == {"const": "vault"}:
+            one["properties"]["auth"] = vault["properties"]["auth"]
     profile = {
         **base,
         "properties": {**base["properties"], "source": {"oneOf": sources}},
@@ -410,6 +492,7 @@ def schema() -> dict[str, Any]:
         "properties": {
             **_object(GENERAL)["properties"],
             "cache": _object(CACHE),
+            "vault": vault,
             "defaults": {k: v for k, v in base.items() if k != "required"},
             "profiles": {
                 "type": "object",
@@ -417,6 +500,16 @@ def schema() -> dict[str, Any]:
                 "additionalProperties": profile,
             },
         },
+    }
+
+
+def _named(key: str, name: str, fields: Mapping[str, Field]) -> dict[str, Any]:
+    """Return the schema of a table whose key has a name, which says what else is in it."""
+    one = _object(fields)
+    return {
+        **one,
+        "properties": {key: {"const": name}, **one["properties"]},
+        "required": [key, *one.get("required", [])],
     }
 
 

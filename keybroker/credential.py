@@ -75,8 +75,8 @@ class Reference:
     """
     Where a secret is, never the secret: `{ keyring = "litellm-admin" }`.
 
-    `kind` is env, file, keyring or command; `value` a name, a path, a user name in the keyring,
-    or a program with its arguments.
+    `kind` is env, file, keyring, command or vault; `value` a name, a path, a user name in the
+    keyring, a program with its arguments, or a path in Vault, # and a field.
     """
 
     kind: str
@@ -92,12 +92,14 @@ class Issuer:
     Who minted a key, and all that is needed to have it revoked there.
 
     Two issuers are the same when all fields are: "not found" from another one proves nothing.
+    `vault` is the table, as JSON, of the Vault that has to be asked; it holds no secret.
     """
 
     type: str
     url: str
     admin: Reference | None = None
     ca: str | None = None
+    vault: str = ""
 
     def __str__(self) -> str:
         return f"{self.type} {self.url}".strip()
@@ -105,14 +107,33 @@ class Issuer:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """What the issuer promised. Safe to print."""
+    """
+    What the issuer promised. Safe to print. Times are aware, in UTC.
 
-    id: str  # what renew and revoke take
+    Attributes:
+        id: What renew and revoke take.
+        expires_at: None when no end was promised.
+        renewable: A renewal may still move the end.
+        renewed_at: When the end was last moved.
+        session: The fingerprint of the session that it is bound to, where its end is also the
+            lease's.
+        session_ends: When that session ends, as far as was known.
+        written_at: When a key that somebody else rotates was written; an answer with an earlier
+            one is out of date.
+        reread_at: When its keeper says that it is worth reading again.
+    """
+
+    id: str
     source: str
-    issued_at: datetime  # aware, UTC
-    expires_at: datetime | None = None  # None: no end was promised
+    issued_at: datetime
+    expires_at: datetime | None = None
     renewable: bool = False
     revocable: bool = False
+    renewed_at: datetime | None = None
+    session: str = ""
+    session_ends: datetime | None = None
+    written_at: datetime | None = None
+    reread_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +142,36 @@ class Credential:
 
     secret: Secret
     lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """
+    What a source is asked with: a secret of its own that ends, such as a token of Vault's.
+
+    The broker keeps it, and seals it, for its workers: one login in the life of a token.
+
+    Attributes:
+        key: What it opens: one server, one way to log in. Never a secret.
+        secret: None where the last login failed, or was never tried.
+        material: The fingerprint of what was logged in with; another may do better.
+        kept: What can be had only once and is needed for each login: an unwrapped secret_id.
+        failures: Logins in a row that were refused or failed.
+        not_before: No other login is tried before, unless the material changed.
+        trouble: What the last login said: the error's code, message and hint.
+    """
+
+    key: str
+    secret: Secret | None = None
+    issued_at: datetime | None = None
+    expires_at: datetime | None = None
+    renewable: bool = False
+    renewed_at: datetime | None = None
+    material: str = ""
+    kept: Secret | None = None
+    failures: int = 0
+    not_before: datetime | None = None
+    trouble: tuple[str, str, str] | None = None
 
 
 class Look(StrEnum):

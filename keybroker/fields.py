@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from keybroker.credential import Reference
+from keybroker.document import Where
 from keybroker.values import dataclass
 
 UNITS = {
@@ -20,7 +21,10 @@ UNITS = {
     "h": timedelta(hours=1),
     "d": timedelta(days=1),
 }
-REFERENCES = ("env", "file", "keyring", "command")
+LOCAL = ("env", "file", "keyring", "command")  # what is read on this machine
+REFERENCES = (*LOCAL, "vault")
+VAULT_PATH = re.compile(r"(?!/|v1/)[!-\"$-.0->@-~]+(?:/[!-\"$-.0->@-~]+)+")  # no #, ?, empty part
+VAULT_REFERENCE = re.compile(rf"{VAULT_PATH.pattern}#[!-~]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +87,24 @@ def read_url(value: Any) -> str:
     return str(value).rstrip("/")
 
 
-def read_reference(value: Any) -> Reference:
+def read_address(value: Any) -> str:
+    """Read an address, or the socket of an agent: unix:/run/vault/agent.sock."""
+    if not _text(value) or not value.startswith("unix:"):
+        return read_url(value)
+    path = value.removeprefix("unix:").removeprefix("//")
+    if not path.startswith("/") or not all("!" <= c <= "~" for c in path):
+        raise ValueError('expected a path after unix:, such as "unix:/run/vault/agent.sock"')
+    return f"unix:{path}"
+
+
+def read_reference(value: Any, allowed: tuple[str, ...] = REFERENCES) -> Reference:
     """Read where a secret is. Text is refused: it would be the secret itself."""
-    kinds = ", ".join(REFERENCES)
+    kinds = ", ".join(allowed)
     if not isinstance(value, dict):
         raise ValueError(
             f'expected a reference such as {{ keyring = "name" }} ({kinds}), never a key itself'
         )
-    if len(value) != 1 or (kind := next(iter(value))) not in REFERENCES:
+    if len(value) != 1 or (kind := next(iter(value))) not in allowed:
         raise ValueError(f"expected exactly one of {kinds}")
     found = value[kind]
     if kind == "command":
@@ -103,7 +117,26 @@ def read_reference(value: Any) -> Reference:
         )
     if kind == "file" and not found.startswith(("/", "~/")):
         raise ValueError('expected a path that begins with "/" or "~/"')
+    if kind == "vault" and not VAULT_REFERENCE.fullmatch(found):
+        raise ValueError('expected a path and a field after vault: "secret/data/llm/admin#key"')
     return Reference(kind, found)
+
+
+def read_local_reference(value: Any) -> Reference:
+    """Read a reference to what is on this machine."""
+    return read_reference(value, LOCAL)
+
+
+def read_vault_path(value: Any) -> str:
+    """Read a path of Vault's API, without the /v1/ before it."""
+    if not _text(value) or not VAULT_PATH.fullmatch(value):
+        raise ValueError('expected a path such as "secret/data/llm/key", without /v1/ before it')
+    return str(value)
+
+
+def read_text_or_reference(value: Any) -> "str | Reference":
+    """Read what is no secret, or where it is."""
+    return read_local_reference(value) if isinstance(value, dict) else read_text(value)
 
 
 def read_command(value: Any) -> tuple[str, ...]:
@@ -176,6 +209,40 @@ def looks_like_key(text: str) -> bool:
     return text.startswith(("sk-", "Bearer "))
 
 
+def read_table_of(
+    raw: Mapping[str, Any], fields: Mapping[str, Field], path: tuple[str, ...], where: Where
+) -> dict[str, Any]:
+    """
+    Read a table by its fields, with their defaults.
+
+    Raises:
+        ConfigError: An unknown key, a wrong value, or one that is required and missing.
+    """
+    for name in raw:
+        if name not in fields:
+            raise where.error((*path, name), unknown(name, list(fields)))
+    values = {}
+    for name, one in fields.items():
+        if name in raw:
+            try:
+                values[name] = one.kind.read(raw[name])
+            except ValueError as error:
+                raise where.error((*path, name), str(error)) from None
+        elif one.required:
+            raise where.error(path, f"has no {name}: {one.doc[0].lower()}{one.doc[1:]}")
+        else:
+            values[name] = one.default
+    return values
+
+
+def unknown(name: str, allowed: list[str]) -> str:
+    """Say that a key is unknown, and which one may have been meant."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, allowed, 1)
+    return f"unknown key; did you mean {close[0]}?" if close else "unknown key"
+
+
 def one_of(*words: str) -> Kind:
     def read(value: Any) -> str:
         if value not in words:
@@ -189,6 +256,7 @@ def _text(value: object) -> bool:
     return isinstance(value, str) and value != "" and "\x00" not in value
 
 
+VAULT_API_PATH = Kind(read_vault_path, {"type": "string", "pattern": f"^{VAULT_PATH.pattern}$"})
 TEXT = Kind(read_text, {"type": "string", "minLength": 1})
 PATH = Kind(read_path, {"type": "string", "pattern": "^/"})
 TEXTS = Kind(read_texts, {"type": "array", "items": {"type": "string", "minLength": 1}})
@@ -200,18 +268,29 @@ AMOUNT = Kind(read_amount, {"type": "number", "exclusiveMinimum": 0})
 URL = Kind(read_url, {"type": "string", "pattern": "^https?://[^/?#@]+(/[^?#]*)?$"})
 DURATION = Kind(read_duration, {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?(ms|s|m|h|d)$"})
 COMMAND = Kind(read_command, {**TEXTS.schema, "minItems": 1})
-REFERENCE = Kind(
-    read_reference,
-    {
+ADDRESS = Kind(
+    read_address, {"type": "string", "pattern": "^(https?://[^/?#@]+(/[^?#]*)?|unix:(//)?/.+)$"}
+)
+ADDRESSES = Kind(
+    lambda value: tuple(read_url(one) for one in read_texts(value)),
+    {"type": "array", "items": URL.schema},
+)
+
+
+def _reference_schema(kinds: tuple[str, ...]) -> dict[str, Any]:
+    special = {
+        "command": COMMAND.schema,
+        "vault": {"type": "string", "pattern": f"^{VAULT_REFERENCE.pattern}$"},
+    }
+    return {
         "type": "object",
         "minProperties": 1,
         "maxProperties": 1,
         "additionalProperties": False,
-        "properties": {
-            "env": TEXT.schema,
-            "file": TEXT.schema,
-            "keyring": TEXT.schema,
-            "command": COMMAND.schema,
-        },
-    },
-)
+        "properties": {kind: special.get(kind, TEXT.schema) for kind in kinds},
+    }
+
+
+REFERENCE = Kind(read_reference, _reference_schema(REFERENCES))
+LOCAL_REFERENCE = Kind(read_local_reference, _reference_schema(LOCAL))
+TEXT_OR_REFERENCE = Kind(read_text_or_reference, {"oneOf": [TEXT.schema, LOCAL_REFERENCE.schema]})

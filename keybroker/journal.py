@@ -13,6 +13,7 @@ from keybroker.slots import Event, Key, Record, replay
 from keybroker.values import replace
 
 COMPACT_ABOVE = 400  # records
+_TIMES_OF_LEASE = ("expires_at", "renewed_at", "session_ends", "written_at", "reread_at")
 
 
 class Journal:
@@ -137,6 +138,8 @@ def encode_issuer(issuer: Issuer) -> dict[str, Any]:
         values["admin"] = {issuer.admin.kind: value if isinstance(value, str) else list(value)}
     if issuer.ca is not None:
         values["ca"] = issuer.ca
+    if issuer.vault:
+        values["vault"] = issuer.vault
     return values
 
 
@@ -147,7 +150,8 @@ def decode_issuer(found: Mapping[str, Any]) -> Issuer:
         [(kind, value)] = found["admin"].items()
         admin = Reference(kind, value if isinstance(value, str) else tuple(map(_text, value)))
     ca = _text(found["ca"]) if "ca" in found else None
-    return Issuer(_text(found["type"]), _text(found["url"]), admin, ca)
+    vault = _text(found.get("vault", ""))
+    return Issuer(_text(found["type"]), _text(found["url"]), admin, ca, vault)
 
 
 def encode_lease(lease: Lease) -> dict[str, Any]:
@@ -158,8 +162,13 @@ def encode_lease(lease: Lease) -> dict[str, Any]:
         "issued_at": write_time(lease.issued_at),
         "revocable": lease.revocable,
     }
-    if lease.expires_at is not None:
-        values["expires_at"] = write_time(lease.expires_at)
+    if lease.renewable:
+        values["renewable"] = True
+    if lease.session:
+        values["session"] = lease.session
+    for name in _TIMES_OF_LEASE:
+        if (moment := getattr(lease, name)) is not None:
+            values[name] = write_time(moment)
     return values
 
 
@@ -169,8 +178,10 @@ def decode_lease(found: Mapping[str, Any]) -> Lease:
         id=_text(found["id"]),
         source=_text(found["source"]),
         issued_at=read_time(found["issued_at"]),
-        expires_at=read_time(found["expires_at"]) if "expires_at" in found else None,
         revocable=bool(found.get("revocable", False)),
+        renewable=bool(found.get("renewable", False)),
+        session=_text(found.get("session", "")),
+        **{name: read_time(found[name]) for name in _TIMES_OF_LEASE if name in found},
     )
 
 

@@ -27,6 +27,7 @@ class Kind(StrEnum):
     """Whose keys they are."""
 
     MINTED = "minted"  # ours: journalled, retired, revoked
+    LEASED = "leased"  # made for us, renewed and revoked by us; the end is its issuer's
     FOLLOWED = "followed"  # somebody else rotates it: read, verified, dropped when replaced
 
 
