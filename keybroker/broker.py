@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from keybroker import rotation
 from keybroker.clock import DISAGREEMENT, Clock, Instant, Reading, by_boot, earlier, judge
 from keybroker.config import Profile
-from keybroker.credential import Credential, Issuer, Lease, Look, Secret, Verdict
+from keybroker.credential import Credential, Issuer, Lease, Look, Secret, Session, Verdict
 from keybroker.errors import (
     CLASSES,
     JournalError,
@@ -34,6 +34,7 @@ from keybroker.pool import Answer
 from keybroker.rotation import Kind, Policy
 from keybroker.slots import Event, Key, Record, Slots, Trouble, change, fold, replay, without
 from keybroker.values import dataclass, field, replace
+from keybroker.vault import session_of
 
 EXTRA_SECONDS = 4.0  # a worker's hard timer beyond its calls' own deadlines
 ASKED_AGAIN = timedelta(seconds=5)  # who asks in vain has a failed call tried again this early
@@ -84,6 +85,7 @@ class Broker:
         sealed: What the cache had, by profile.
         wrap_key: What seals the cache; None keeps keys in memory only.
         origin: Where it is from, or why there is none.
+        held: Sessions that were sealed.
         locked: The profiles whose sealed key could not be opened for now; it is not lost.
         keeps: Minted keys may be kept in memory alone, as a resident process does.
         mints: The profiles that new keys may be asked for; for all, what is left over is
@@ -101,6 +103,7 @@ class Broker:
         instance: str,
         wrap_key: Secret | None,
         origin: str = "there is no keyring",
+        held: Iterable[Session] = (),
         locked: Container[str] = (),
         keeps: bool = False,
         mints: Container[str],
@@ -121,6 +124,7 @@ class Broker:
         self._profiles: dict[str, _Profile] = {}
         self._asked: dict[int, _Profile] = {}  # by request
         self._heap: list[tuple[datetime, str]] = []
+        self._held = {session.key: session for session in held}
         self._changed: dict[str, None] = {}  # to be looked at now, in this order
         self.ready: dict[str, Handout] = {}
         self.news: list[News] = []
@@ -177,6 +181,7 @@ class Broker:
         at_work = self._profiles[name]
         at_work.slots = rotation.hurried(at_work.slots)
         at_work.resting = False
+        self._log_in_again(at_work.policy.issuer)
         self._change(at_work)
 
     def ask(self, name: str) -> None:
@@ -225,9 +230,19 @@ class Broker:
         """Say whether nothing is minted before somebody asks, since all was revoked."""
         return self._profiles[name].resting
 
-    def unlock(self, wrap_key: Secret, origin: str, sealed: Mapping[str, Sealed]) -> None:
+    def unlock(
+        self,
+        wrap_key: Secret,
+        origin: str,
+        sealed: Mapping[str, Sealed],
+        held: Iterable[Session] = (),
+    ) -> None:
         """Take the key of the cache, and what it opened, now that the keyring is open."""
         self._wrap_key, self._origin, self._locked = wrap_key, origin, ()
+        for session in held:
+            self._held.setdefault(session.key, session)
+        for session in self._held.values():
+            self._keep(session)
         for at_work in self._profiles.values():
             current = at_work.slots.current
             if current is None or current.label not in at_work.secrets:
@@ -265,6 +280,7 @@ class Broker:
     def retry(self) -> None:
         """Try again what failed, read anew what others keep: something may be better now."""
         for at_work in self._profiles.values():
+            self._log_in_again(at_work.policy.issuer)
             if at_work.policy.kind is Kind.FOLLOWED and at_work.profile is not None:
                 at_work.slots = rotation.hurried(at_work.slots)
                 self._change(at_work)
@@ -416,6 +432,7 @@ class Broker:
     def take(self, answers: Iterable[Answer]) -> None:
         """Take in what workers answered."""
         for answer in answers:
+            self.hold(answer.sessions)
             at_work = self._asked.pop(answer.id, None)
             if at_work is None or at_work.busy is None:
                 continue
@@ -466,11 +483,11 @@ class Broker:
     def _late_at(self, at_work: _Profile) -> datetime | None:
         """Return when the current key should have been replaced at the latest; say so once."""
         current = at_work.slots.current
-        if at_work.late or current is None or at_work.policy.kind is not Kind.MINTED:
+        if at_work.late or current is None or not at_work.policy.kind.ours:
             return None
         if current.lease.expires_at is None or at_work.profile is None:
             return None
-        latest = current.lease.expires_at - at_work.policy.hold
+        latest = current.lease.expires_at - rotation.hold_of(current, at_work.policy)
         if self.now(at_work.name) < latest:
             return latest
         at_work.late = True
@@ -559,7 +576,7 @@ class Broker:
         return judge(at_work.anchor, instant).now
 
     def _cannot_keep(self, at_work: _Profile) -> bool:
-        return self._wrap_key is None and not self._keeps and at_work.policy.kind is Kind.MINTED
+        return self._wrap_key is None and not self._keeps and at_work.policy.kind.ours
 
     def _adopt(self, at_work: _Profile, sealed: Sealed | None) -> None:
         """
@@ -572,9 +589,9 @@ class Broker:
             return
         slots = at_work.slots
         if at_work.policy.kind is Kind.FOLLOWED:
-            if sealed.issuer != at_work.policy.issuer or slots.current is not None:
-                return  # of another source; or the journal has a key that is to be retired first
             key = _followed(sealed.label, sealed.credential, sealed.issuer, at_work.policy)
+            if not rotation.fits(key, at_work.policy) or slots.current is not None:
+                return  # of another source; or the journal has a key that is to be retired first
             slots = replace(
                 slots,
                 current=replace(key, verified=sealed.verified),
@@ -584,6 +601,8 @@ class Broker:
             known = slots.key(sealed.label)
             if known is None or known.revoke_at is not None or known.issuer != sealed.issuer:
                 return
+            # a renewal is in the journal alone
+            sealed = replace(sealed, credential=Credential(sealed.credential.secret, known.lease))
             if known is slots.next:
                 verified = Verdict(Look.ALIVE, sealed.verified)
                 slots = replace(slots, next=replace(known, verdict=verified))
@@ -642,6 +661,18 @@ class Broker:
             self._send(at_work, step, label, "issue", 2 * calls, profile=profile, label=label)
         elif isinstance(step, rotation.Poll):
             self._send(at_work, step, "", "poll", calls, profile=profile)
+        elif isinstance(step, rotation.Renew):
+            lease = _known(slots, step.label).lease
+            self._send(
+                at_work,
+                step,
+                step.label,
+                "renew",
+                calls,
+                profile=profile,
+                label=step.label,
+                lease=lease,
+            )
         elif isinstance(step, rotation.Verify):
             secret = at_work.secrets[step.label].secret
             self._send(
@@ -679,7 +710,7 @@ class Broker:
             return
         revoke_at = self._clock.read().wall
         if key is at_work.slots.current and not at_work.ending:  # it was handed out
-            revoke_at += max(key.hold, at_work.policy.hold)
+            revoke_at += rotation.hold_of(key, at_work.policy)
         self._send(
             at_work,
             step,
@@ -708,10 +739,40 @@ class Broker:
         )  # of the key, or of the profile
         if isinstance(step, rotation.Verify):
             at_work.check = False
+        if not isinstance(step, rotation.Verify | rotation.Publish | rotation.Retire):
+            values["session"] = self.session(issuer)
         seconds = calls + EXTRA_SECONDS
         number = self._workers.send(issuer.type, op, seconds, urgent=at_work.asked, **values)
         at_work.busy = (number, step, label)
         self._asked[number] = at_work
+
+    # sessions of sources
+
+    def session(self, issuer: Issuer) -> Session | None:
+        """Return what an issuer is asked with, where it wants a session."""
+        return self._held.get(session_of(issuer.vault)) if issuer.vault else None
+
+    def hold(self, sessions: Iterable[Session]) -> None:
+        """Keep what a worker began or renewed, sealed where that is possible."""
+        for session in sessions:
+            known = self._held.get(session.key)
+            if known is not None and known.serial >= session.serial:
+                continue
+            self._held[session.key] = session
+            self._keep(session)
+
+    def _keep(self, session: Session) -> None:
+        if self._wrap_key is not None and (session.secret or session.kept):
+            self._workers.send(
+                "cache", "keep", EXTRA_SECONDS, kept=session, wrap_key=self._wrap_key
+            )
+
+    def _log_in_again(self, issuer: Issuer) -> None:
+        """Let a login that failed be tried at once: something may be better now."""
+        session = self.session(issuer)
+        if session is not None and session.failures:
+            anew = replace(session, failures=0, not_before=None, trouble=None)
+            self._held[session.key] = replace(anew, serial=session.serial + 1)
 
     # taking in
 
@@ -742,6 +803,11 @@ class Broker:
         if answer.error is not None:
             if isinstance(step, rotation.Issue | rotation.Poll):
                 self._fail(at_work, answer.error)
+            elif isinstance(step, rotation.Renew) and _is_final(answer.error):
+                at_work.slots = rotation.not_renewable(at_work.slots, label)
+                if isinstance(answer.error, SourceInvalid):  # it is no more
+                    self.hurry(at_work.name)
+                at_work.slots = replace(at_work.slots, trouble=_trouble(answer.error))
             else:
                 at_work.slots = rotation.put_off(at_work.slots, label, policy, now, self._roll())
                 first = at_work.slots.trouble or _trouble(answer.error)
@@ -753,6 +819,11 @@ class Broker:
             at_work.secrets[label] = credential
         elif isinstance(step, rotation.Poll):
             self._polled(at_work, _credential(ok["credential"]), now)
+        elif isinstance(step, rotation.Renew):
+            key = _known(at_work.slots, label)
+            at_work.secrets[label] = replace(at_work.secrets[label], lease=key.lease)
+            at_work.anchor, at_work.drift = self._clock.read(), timedelta()
+            at_work.slots = rotation.worked(at_work.slots)
         elif isinstance(step, rotation.Verify):
             verdict = Verdict(Look(ok["look"]), ok["method"], ok["reason"])
             at_work.slots = rotation.judged(
@@ -796,6 +867,13 @@ class Broker:
         """A followed source was read: the same key lives on, another is tried."""
         slots = replace(at_work.slots, polled_at=now)
         current = slots.current
+        if current is not None and _is_older(credential.lease, current.lease):
+            at_work.slots = slots
+            if slots.rotate or not rotation.usable(current, at_work.policy, now):
+                problem = f"{credential.lease.source}: an older version was answered"
+                hint = "by a standby that is behind; it is asked again"
+                self._fail(at_work, SourceUnavailable(problem, hint=hint))
+            return
         label = f"{at_work.name}:{credential.secret.fingerprint}"
         if current is not None and current.label == label and not current.condemned:
             slots = replace(slots, current=replace(current, lease=credential.lease), rotate=False)
@@ -826,9 +904,7 @@ class Broker:
             at_work.slots = later
 
     def _fail(self, at_work: _Profile, error: KeybrokerError) -> None:
-        final = isinstance(error, SourceDenied | SourceInvalid) and not getattr(
-            error, "unknown", False
-        )
+        final = _is_final(error)
         retry_after = error.retry_after if isinstance(error, SourceError) else None
         at_work.tried_at = self._plan_time(at_work, self._clock.read())
         at_work.patient = final or retry_after is not None
@@ -893,6 +969,18 @@ def _trouble(error: KeybrokerError) -> Trouble:
     return Trouble(error.code, error.message, error.hint or "")
 
 
+def _is_final(error: KeybrokerError) -> bool:
+    """Say whether trying again is no use until something changes."""
+    denied = isinstance(error, SourceDenied | SourceInvalid)
+    return denied and not getattr(error, "unknown", False)
+
+
+def _is_older(lease: Lease, than: Lease) -> bool:
+    """Say whether a key was written before another: who answered with it is behind."""
+    written, known = lease.written_at, than.written_at
+    return written is not None and known is not None and written < known
+
+
 def _why_lost(at_work: _Profile) -> str:
     if at_work.profile is None:
         return "the profile is not configured any more"
@@ -909,7 +997,7 @@ def _how_verified(key: Key) -> str:
 def _hold_of_current(at_work: _Profile) -> timedelta | None:
     """How long readers of the key that is replaced may keep it."""
     current = at_work.slots.current
-    return None if current is None else max(current.hold, at_work.policy.hold)
+    return None if current is None else rotation.hold_of(current, at_work.policy)
 
 
 def _known(slots: Slots, label: str) -> Key:

@@ -4,12 +4,13 @@ import binascii
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import Any, TypeVar
 
 from keybroker.clock import Instant
-from keybroker.credential import Credential, Issuer, Secret, sha256
+from keybroker.credential import Credential, Issuer, Secret, Session, sha256
 from keybroker.errors import CacheError, CacheLocked, CacheUnreadable, ConfigError
 from keybroker.journal import (
     decode_issuer,
@@ -22,7 +23,10 @@ from keybroker.journal import (
 from keybroker.paths import CACHE, WRAP_KEY, Disk, private_directory
 from keybroker.values import dataclass
 
+T = TypeVar("T")
 MAGIC = b"keybroker cache 1\n"
+SESSION = "session."  # before a session's key; no profile's name has a dot
+_TIMES_OF_SESSION = ("issued_at", "expires_at", "renewed_at", "not_before")
 CREDENTIAL = "keybroker-wrap-key"  # the name of the systemd credential
 
 
@@ -60,17 +64,7 @@ class Cache:
         Raises:
             CacheError: It could not be written.
         """
-        if self._key is None:
-            return
-        nonce = os.urandom(12)
-        sealed = _cipher(self._key).encrypt(nonce, _encode(cached), _bound_to(profile))
-        try:
-            self._disk.directory(self._directory)
-            self._disk.replace(self._file(profile), MAGIC + nonce + sealed)
-        except OSError as error:
-            raise CacheError(
-                f"cache: {self._file(profile)}: cannot be written ({error.strerror})"
-            ) from None
+        self._seal(profile, _encode(cached))
 
     def load(self, profile: str) -> Cached | None:
         """
@@ -80,26 +74,60 @@ class Cache:
             CacheLocked: There is a file, but no key to open it with.
             CacheUnreadable: It was not sealed with this key for this profile, or was damaged.
         """
+        return self._open(profile, _decode)
+
+    def save_session(self, session: Session) -> None:
+        """
+        Seal a session in place of the one before.
+
+        Raises:
+            CacheError: It could not be written.
+        """
+        self._seal(SESSION + session.key, json.dumps(encode_session(session)).encode())
+
+    def load_session(self, key: str) -> Session | None:
+        """
+        Open a session's file.
+
+        Raises:
+            CacheLocked, CacheUnreadable: As of a profile's.
+        """
+        return self._open(SESSION + key, lambda data: decode_session(json.loads(data)))
+
+    def _seal(self, name: str, data: bytes) -> None:
+        if self._key is None:
+            return
+        nonce = os.urandom(12)
+        sealed = _cipher(self._key).encrypt(nonce, data, _bound_to(name))
         try:
-            data = self._disk.read(self._file(profile))
+            self._disk.directory(self._directory)
+            self._disk.replace(self._file(name), MAGIC + nonce + sealed)
+        except OSError as error:
+            raise CacheError(
+                f"cache: {self._file(name)}: cannot be written ({error.strerror})"
+            ) from None
+
+    def _open(self, name: str, read: Callable[[bytes], T]) -> T | None:
+        try:
+            data = self._disk.read(self._file(name))
         except OSError as error:
             raise CacheUnreadable(
-                f"cache: {self._file(profile)}: cannot be read ({error.strerror})"
+                f"cache: {self._file(name)}: cannot be read ({error.strerror})"
             ) from None
         if data is None:
             return None
         if self._key is None:
-            raise CacheLocked(f"cache: the key that opens {self._file(profile)} is not there")
+            raise CacheLocked(f"cache: the key that opens {self._file(name)} is not there")
         from cryptography.exceptions import InvalidTag
 
         nonce, sealed = data[len(MAGIC) : len(MAGIC) + 12], data[len(MAGIC) + 12 :]
         try:
             if not data.startswith(MAGIC):
                 raise ValueError
-            return _decode(_cipher(self._key).decrypt(nonce, sealed, _bound_to(profile)))
+            return read(_cipher(self._key).decrypt(nonce, sealed, _bound_to(name)))
         except (InvalidTag, ValueError, KeyError, TypeError):
             raise CacheUnreadable(
-                f"cache: {self._file(profile)}: cannot be opened with this key"
+                f"cache: {self._file(name)}: cannot be opened with this key"
             ) from None
 
     def forget(self, profile: str) -> None:
@@ -112,6 +140,40 @@ class Cache:
 
     def _file(self, profile: str) -> Path:
         return sealed_file(self._directory.parent, profile)
+
+
+def encode_session(session: Session) -> dict[str, Any]:
+    """Return a session as it is sealed, and handed over a worker's pipe; secrets leave here."""
+    values: dict[str, Any] = {"key": session.key, "serial": session.serial}
+    for name in ("secret", "kept"):
+        if (secret := getattr(session, name)) is not None:
+            values[name] = secret.reveal()
+    for name in _TIMES_OF_SESSION:
+        if (moment := getattr(session, name)) is not None:
+            values[name] = write_time(moment)
+    values.update(renewable=session.renewable, material=session.material)
+    values.update(failures=session.failures, trouble=session.trouble)
+    return values
+
+
+def decode_session(found: Mapping[str, Any]) -> Session:
+    """Read a session back; ValueError, KeyError or TypeError when it is not one."""
+    trouble = found["trouble"]
+    times: dict[str, datetime] = {n: read_time(found[n]) for n in _TIMES_OF_SESSION if n in found}
+    return Session(
+        key=str(found["key"]),
+        serial=int(found["serial"]),
+        secret=Secret(found["secret"]) if "secret" in found else None,
+        kept=Secret(found["kept"]) if "kept" in found else None,
+        issued_at=times.get("issued_at"),
+        expires_at=times.get("expires_at"),
+        renewed_at=times.get("renewed_at"),
+        not_before=times.get("not_before"),
+        renewable=bool(found["renewable"]),
+        material=str(found["material"]),
+        failures=int(found["failures"]),
+        trouble=None if trouble is None else (trouble[0], trouble[1], trouble[2]),
+    )
 
 
 def sealed_file(state: Path, profile: str) -> Path:

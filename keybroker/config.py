@@ -35,7 +35,7 @@ from keybroker.fields import (
     show_duration,
     unknown,
 )
-from keybroker.rotation import Kind, Policy, default_hold, shortest_lifetime
+from keybroker.rotation import RETRY_MAX, Kind, Policy, default_hold, shortest_lifetime
 from keybroker.values import dataclass, field
 from keybroker.vault import AUTH, PLACE, Vault, read_vault, with_variables
 
@@ -212,7 +212,9 @@ class Profile:
         if self.kind is Kind.LEASED:
             lifetime = self.source["lifetime"] or USUAL_LEASE
             return Policy(**common, lifetime=lifetime, max_live=self.max_live)
-        return Policy(**common, poll=self.source["poll"])
+        poll: timedelta = self.source["poll"]
+        retry_max = min(RETRY_MAX, max(poll, timedelta(seconds=5)))
+        return Policy(**common, poll=poll, retry_max=retry_max)
 
     @property
     def warnings(self) -> tuple[str, ...]:

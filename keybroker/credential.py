@@ -153,6 +153,7 @@ class Session:
 
     Attributes:
         key: What it opens: one server, one way to log in. Never a secret.
+        serial: Counts its changes: of two, the higher is the newer.
         secret: None where the last login failed, or was never tried.
         material: The fingerprint of what was logged in with; another may do better.
         kept: What can be had only once and is needed for each login: an unwrapped secret_id.
@@ -162,6 +163,7 @@ class Session:
     """
 
     key: str
+    serial: int = 0
     secret: Secret | None = None
     issued_at: datetime | None = None
     expires_at: datetime | None = None

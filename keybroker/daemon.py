@@ -16,13 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import keybroker
-from keybroker import __version__, guidance, kernel, listening, outcomes, paths, standing, wire
+from keybroker import (
+    __version__,
+    guidance,
+    kernel,
+    listening,
+    outcomes,
+    paths,
+    standing,
+    vault,
+    wire,
+)
 from keybroker.answering import Answers, Job
 from keybroker.audit import Audit
 from keybroker.broker import Broker
+from keybroker.cache import decode_session
 from keybroker.clock import Clock
 from keybroker.config import load
-from keybroker.credential import Secret
+from keybroker.credential import Issuer, Secret
 from keybroker.errors import (
     ConfigError,
     KeybrokerError,
@@ -36,7 +47,7 @@ from keybroker.listening import Begun
 from keybroker.log import Log
 from keybroker.ownership import Ownership
 from keybroker.paths import Disk
-from keybroker.pool import Answer, Pool, variables
+from keybroker.pool import Answer, Pool, sessions, variables
 from keybroker.push import Push, SettingsFiles
 from keybroker.rotation import Kind
 from keybroker.server import Client, Server
@@ -261,6 +272,7 @@ class Daemon:
             urgent=True,
             kind=self._config.cache_key,
             profiles=list(self._config.profiles),
+            sessions=sessions(self._config, self._issuers()),
         )
 
     def _take(self, answers: list[Answer]) -> None:
@@ -310,6 +322,7 @@ class Daemon:
         for message in found.get("lost", {}).values():
             self._log.once("warning", message, about=message)
         sealed = Sealed.read_all(found.get("sealed", {}))
+        held = [decode_session(one) for one in found.get("sessions", ())]
         if self._broker is None:
             self._broker = Broker(
                 self._config.profiles.values(),
@@ -320,6 +333,7 @@ class Daemon:
                 wrap_key=wrap_key,
                 origin=self._origin.removeprefix("memory only: "),
                 locked=found.get("locked", list(self._config.profiles)),
+                held=held,
                 keeps=True,
                 mints=_Everything(),
                 clock=self._clock,
@@ -328,7 +342,7 @@ class Daemon:
             self._answers.begin(self._broker)
             kernel.trim()
         elif wrap_key is not None:
-            self._broker.unlock(wrap_key, self._origin, sealed)
+            self._broker.unlock(wrap_key, self._origin, sealed, held)
 
     # what the outside says
 
@@ -392,12 +406,12 @@ class Daemon:
 
     def _credential_files(self) -> list[Path]:
         """Return the files that credentials are read from."""
-        issuers = [profile.issuer for profile in self._config.profiles.values()]
-        return [
-            Path(str(one.admin.value)).expanduser()
-            for one in issuers
-            if one.admin is not None and one.admin.kind == "file"
-        ]
+        named: list[str] = []
+        for profile in self._config.profiles.values():
+            admin, text = profile.issuer.admin, profile.issuer.vault
+            named += [str(admin.value)] if admin is not None and admin.kind == "file" else []
+            named += vault.files(text) if text else []
+        return [Path(name).expanduser() for name in named]
 
     def _configure(self) -> ConfigError | None:
         """Read the configuration again; a bad one changes nothing."""
@@ -430,16 +444,15 @@ class Daemon:
         return None
 
     def _name_variables(self) -> None:
-        named = variables(self._config)
+        self._pool.named = variables(self._config, self._issuers())
+
+    def _issuers(self) -> list[Issuer]:
+        """Return where the keys that are not gone were minted."""
         if self._broker is None:
             known = replay(self._journal.read())
         else:
             known = {name: self._broker.slots(name) for name in self._broker.names()}
-        for slots in known.values():
-            for one in slots.all:
-                if one.issuer.admin is not None and one.issuer.admin.kind == "env":
-                    named.setdefault(one.issuer.type, set()).add(str(one.issuer.admin.value))
-        self._pool.named = named
+        return [one.issuer for slots in known.values() for one in slots.all]
 
     def _stranger(self, uid: int) -> None:
         self._log.once("warning", f"user {uid} was turned away", about=f"uid {uid}")

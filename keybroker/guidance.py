@@ -36,8 +36,10 @@ def environment(profile: Profile) -> dict[str, str]:
 def ttl_reason(profile: Profile) -> str:
     """Say in one sentence why the TTL is what it is, and what follows from it."""
     every = f"Claude Code asks again every {show_duration(profile.helper_ttl)}, in the background"
-    if profile.kind is not Kind.MINTED:
+    if profile.kind is Kind.FOLLOWED:
         return f"{every}, and so follows its owner"
+    if profile.kind is Kind.LEASED:
+        return f"{every}, long before a lease that was replaced is revoked"
     lifetime: timedelta = profile.source["lifetime"]
     share = "well under" if profile.helper_ttl <= lifetime / 8 else "not more than"
     hold = show_duration(profile.hold)

@@ -150,7 +150,7 @@ def decode_issuer(found: Mapping[str, Any]) -> Issuer:
         [(kind, value)] = found["admin"].items()
         admin = Reference(kind, value if isinstance(value, str) else tuple(map(_text, value)))
     ca = _text(found["ca"]) if "ca" in found else None
-    vault = _text(found.get("vault", ""))
+    vault = _text(found["vault"]) if "vault" in found else ""
     return Issuer(_text(found["type"]), _text(found["url"]), admin, ca, vault)
 
 

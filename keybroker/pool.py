@@ -15,8 +15,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from keybroker import vault
+from keybroker.cache import decode_session, encode_session
 from keybroker.config import Config, Profile
-from keybroker.credential import Credential, Issuer, Lease, Reference, Secret
+from keybroker.credential import Credential, Issuer, Lease, Secret, Session
 from keybroker.errors import CLASSES, KeybrokerError, SourceError, SourceUnavailable
 from keybroker.journal import decode, encode_issuer, encode_lease, write_time
 from keybroker.slots import Record
@@ -49,12 +51,14 @@ class Answer:
         ok: The operation's result, or None.
         error: Why there is none. A worker that died is SourceUnavailable with `unknown`.
         records: What it wrote into the journal; None when it died, and the journal must be read.
+        sessions: Those that it began or renewed on the way.
     """
 
     id: int
     ok: Mapping[str, Any] | None = field(repr=False)  # may hold a key
     error: KeybrokerError | None
     records: Sequence[Record] | None
+    sessions: Sequence[Session] = field(default=(), repr=False)
 
 
 class Pool:
@@ -150,11 +154,18 @@ class Pool:
 
     def call(self, kind: str, op: str, seconds: float, /, **values: Any) -> Mapping[str, Any]:
         """
-        Ask and wait.
+        Ask and wait; return what the operation returned.
 
         Raises:
             KeybrokerError: What the worker answered, or that it died.
         """
+        answer = self.ask(kind, op, seconds, **values)
+        if answer.error is not None:
+            raise answer.error
+        return answer.ok or {}
+
+    def ask(self, kind: str, op: str, seconds: float, /, **values: Any) -> Answer:
+        """Ask and wait for the whole answer."""
         wanted = self.send(kind, op, seconds, **values)
         others: list[Answer] = []
         mine: Answer | None = None
@@ -165,9 +176,7 @@ class Pool:
                 else:
                     others.append(answer)
         self._kept += others
-        if mine.error is not None:
-            raise mine.error
-        return mine.ok or {}
+        return mine
 
     def close(self, *, at_once: bool = False) -> None:
         """Let the workers finish what they do, and end; or end them where they are."""
@@ -346,16 +355,31 @@ class _Worker:
         self.limit = time.monotonic() + oldest.seconds + GRACE_SECONDS if oldest else None
 
 
-def variables(config: Config | None) -> dict[str, set[str]]:
-    """Return the environment variables that a configuration's sources name, by their type."""
+def variables(config: Config | None, issuers: Iterable[Issuer] = ()) -> dict[str, set[str]]:
+    """
+    Return the environment variables that sources need, by their type.
+
+    Args:
+        config: Whose sources name them.
+        issuers: Those of the journal, whose keys are still to be revoked there.
+    """
     named: dict[str, set[str]] = {}
     for profile in config.profiles.values() if config else ():
-        names = named.setdefault(profile.type, set())
-        for value in profile.source.values():
-            if isinstance(value, Reference) and value.kind == "env":
-                names.add(str(value.value))
-        names.update(profile.source.get("environment", ()))
+        named.setdefault(profile.type, set()).update(profile.source.get("environment", ()))
+    known = [profile.issuer for profile in config.profiles.values()] if config else []
+    for issuer in (*known, *issuers):
+        names = named.setdefault(issuer.type, set())
+        if issuer.admin is not None and issuer.admin.kind == "env":
+            names.add(str(issuer.admin.value))
+        if issuer.vault:
+            names |= vault.variables(issuer.vault)
     return named
+
+
+def sessions(config: Config, issuers: Iterable[Issuer] = ()) -> list[str]:
+    """Return the names of the sessions that a configuration and a journal's issuers may need."""
+    known = [profile.issuer for profile in config.profiles.values()]
+    return sorted({vault.session_of(one.vault) for one in (*known, *issuers) if one.vault})
 
 
 def _encode(value: Any) -> Any:
@@ -364,6 +388,8 @@ def _encode(value: Any) -> Any:
         return value.reveal()
     if isinstance(value, Credential):
         return {"secret": value.secret.reveal(), "lease": encode_lease(value.lease)}
+    if isinstance(value, Session):
+        return encode_session(value)
     if isinstance(value, Profile):
         return {"name": value.name, "raw": value.raw}
     if isinstance(value, Issuer):
@@ -380,7 +406,8 @@ def _decode(line: bytes) -> Answer:
     records = [decode(record) for record in found["records"]]
     problem = found.get("error")
     error = None if problem is None else decode_error(problem)
-    return Answer(found["id"], found.get("ok"), error, records)
+    sessions = [decode_session(session) for session in found.get("sessions", ())]
+    return Answer(found["id"], found.get("ok"), error, records, sessions)
 
 
 def decode_error(found: Mapping[str, Any]) -> KeybrokerError:

@@ -20,6 +20,7 @@ SECOND_REFUSAL_AFTER = timedelta(seconds=1)
 LOOK_UPS = (timedelta(seconds=5), timedelta(seconds=60), timedelta(minutes=10), timedelta(hours=1))
 MOVED = "the profile names another source now"
 ENDED_AFTER = timedelta(minutes=1)  # its end, by a gateway whose clock is a little behind
+RETRY_MAX = timedelta(minutes=5)
 SETTLED = LOOK_UPS[1]  # looked up after this, an open label no longer counts as a live key
 
 
@@ -27,8 +28,13 @@ class Kind(StrEnum):
     """Whose keys they are."""
 
     MINTED = "minted"  # ours: journalled, retired, revoked
-    LEASED = "leased"  # made for us, renewed and revoked by us; the end is its issuer's
+    LEASED = "leased"  # made for us, renewed and revoked by us; its issuer says when it ends
     FOLLOWED = "followed"  # somebody else rotates it: read, verified, dropped when replaced
+
+    @property
+    def ours(self) -> bool:
+        """Say whether its keys are journalled, retired and revoked."""
+        return self is not Kind.FOLLOWED
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +44,8 @@ class Policy:
 
     Attributes:
         issuer: Only its keys are handed out; keys of another are retired and revoked there.
-        lifetime: Asked of the gateway (minted).
+        lifetime: Asked of the gateway (minted), or how long a lease whose answer was lost is
+            taken to live (leased).
         hold: How long a reader may keep a key.
         timeout: The longest that one call to the source takes.
         poll: How often a followed source is read.
@@ -52,7 +59,7 @@ class Policy:
     poll: timedelta = timedelta(minutes=5)
     max_live: int = 4
     retry_min: timedelta = timedelta(seconds=1)
-    retry_max: timedelta = timedelta(minutes=5)
+    retry_max: timedelta = RETRY_MAX
     verify: bool = True
 
 
@@ -64,6 +71,13 @@ class Issue:
 @dataclass(frozen=True, slots=True)
 class Poll:
     """Read a followed source."""
+
+
+@dataclass(frozen=True, slots=True)
+class Renew:
+    """Have the end of a lease moved."""
+
+    label: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +125,7 @@ class Wait:
     until: datetime | None
 
 
-Step = Issue | Poll | Verify | Publish | Retire | Revoke | Settle | Wait
+Step = Issue | Poll | Renew | Verify | Publish | Retire | Revoke | Settle | Wait
 
 
 def default_hold(helper_ttl: timedelta) -> timedelta:
@@ -132,9 +146,40 @@ def stale_at(key: Key, policy: Policy) -> datetime | None:
         ends = key.lease.issued_at + policy.lifetime  # the gateway ends nothing: we do
     else:
         ends = key.lease.expires_at
-    life = ends - key.lease.issued_at
-    early = min(life * 2 / 3, max(life - 2 * policy.hold, life / 4))
-    return key.lease.issued_at + early - jitter(key.label, life)
+    if key.lease.renewable and policy.kind is Kind.LEASED:
+        return None  # it is renewed, until a renewal gives less than was asked
+    start = _start(key)
+    life, hold = ends - start, policy.hold
+    if policy.kind is Kind.LEASED:
+        hold = hold_of(key, policy)
+    early = min(life * 2 / 3, max(life - 2 * hold, life / 4))
+    return start + early - jitter(key.label, life)
+
+
+def renew_at(key: Key, policy: Policy) -> datetime | None:
+    """Return when a lease is to be renewed: at half of what was granted last."""
+    ends = key.lease.expires_at
+    if ends is None or not key.lease.renewable or policy.kind is not Kind.LEASED:
+        return None
+    life = ends - _start(key)
+    return _start(key) + life / 2 - jitter(key.label, life)
+
+
+def hold_of(key: Key, policy: Policy) -> timedelta:
+    """
+    Return how long readers may keep a key after it was replaced.
+
+    A lease is as long as its issuer likes: its readers get at most a third of what was granted,
+    so that each of them has it whole.
+    """
+    ends = key.lease.expires_at
+    if policy.kind is Kind.LEASED and fits(key, policy) and ends is not None:
+        return min(policy.hold, (ends - _start(key)) / 3)
+    return max(key.hold, policy.hold)
+
+
+def _start(key: Key) -> datetime:
+    return key.lease.renewed_at or key.lease.issued_at
 
 
 def jitter(label: str, life: timedelta) -> timedelta:
@@ -151,11 +196,12 @@ def fits(key: Key, policy: Policy) -> bool:
     Say whether a key is for this profile's gateway.
 
     A minted key is, whichever admin key it was minted with. What somebody else keeps is read from
-    where the profile says now.
+    where the profile says now, whoever logs in to read it.
     """
-    if policy.kind is Kind.FOLLOWED:
-        return key.issuer == policy.issuer
-    return (key.issuer.type, key.issuer.url) == (policy.issuer.type, policy.issuer.url)
+    theirs, ours = key.issuer, policy.issuer
+    if policy.kind is Kind.FOLLOWED and theirs.admin != ours.admin:
+        return False
+    return (theirs.type, theirs.url) == (ours.type, ours.url)
 
 
 def usable(key: Key | None, policy: Policy, now: datetime) -> bool:
@@ -193,7 +239,8 @@ def live(slots: Slots, policy: Policy, now: datetime) -> int:
     """
     keys = sum(not _ended(key, now) for key in slots.keys)
     opened = sum(
-        not _settled(one, policy) and now < one.since + policy.timeout + one.lifetime + LOOK_UPS[-1]
+        not _settled(one, policy, now)
+        and now < one.since + policy.timeout + one.lifetime + LOOK_UPS[-1]
         for one in slots.open
     )
     return keys + opened
@@ -227,6 +274,10 @@ def _candidates(slots: Slots, policy: Policy, now: datetime) -> Iterator[tuple[d
         yield _step_for_new(slots, slots.next, policy, now)
     for open_ in slots.open:
         yield _look_up(open_, policy, now)
+    if current is not None and current.refused_at is None and usable(current, policy, now):
+        renewal = renew_at(current, policy)
+        if renewal is not None and not slots.rotate:
+            yield max(renewal, current.not_before or renewal), Renew(current.label)
     if slots.next is None:
         yield from _replacement(slots, policy, now)
     if current is not None and current.refused_at is not None and not current.condemned:
@@ -242,9 +293,9 @@ def _step_for_new(slots: Slots, new: Key, policy: Policy, now: datetime) -> tupl
     if not fits(new, policy):
         return new.not_before or now, Retire(new.label, MOVED)
     expires = new.lease.expires_at
-    if policy.kind is Kind.MINTED and expires is not None:
+    if policy.kind.ours and expires is not None:
         # 2.5 and not 3: the answer came a moment after it was asked for.
-        if expires - new.lease.issued_at < 2.5 * policy.hold:
+        if policy.kind is Kind.MINTED and expires - new.lease.issued_at < 2.5 * policy.hold:
             why = "the gateway gave it a shorter life than three holds"
             return new.not_before or now, Retire(new.label, why, bad=True)
         if now >= new.lease.issued_at + (expires - new.lease.issued_at) / 2:
@@ -270,6 +321,9 @@ def _step_for_new(slots: Slots, new: Key, policy: Policy, now: datetime) -> tupl
 
 def _look_up(open_: Open, policy: Policy, now: datetime) -> tuple[datetime, Step]:
     deadline = open_.since + policy.timeout
+    if policy.kind is Kind.LEASED:  # it cannot be found by its label; it ends by itself
+        due = deadline + open_.lifetime
+        return max(due, open_.not_before or due), Settle(open_.label, last=True)
     last = open_.over or now >= deadline + LOOK_UPS[-1]
     due = open_.since
     if open_.looked_at is not None:
@@ -278,8 +332,11 @@ def _look_up(open_: Open, policy: Policy, now: datetime) -> tuple[datetime, Step
     return max(due, open_.not_before or due), Settle(open_.label, last)
 
 
-def _settled(open_: Open, policy: Policy) -> bool:
+def _settled(open_: Open, policy: Policy, now: datetime) -> bool:
+    """Say whether an open label no longer keeps another key from being asked for."""
     after = open_.since + policy.timeout + SETTLED
+    if policy.kind is Kind.LEASED:
+        return now >= after
     return open_.looked_at is not None and open_.looked_at >= after
 
 
@@ -294,6 +351,8 @@ def _replacement(slots: Slots, policy: Policy, now: datetime) -> Iterator[tuple[
     if policy.kind is Kind.FOLLOWED:
         if slots.polled_at is not None:
             regular = slots.polled_at + policy.poll
+            if current is not None and current.lease.reread_at is not None:
+                regular = min(regular, current.lease.reread_at)
             wanted = regular if wanted is None else min(wanted, regular)
             if not slots.rotate:  # a source that has not rotated yet is asked no more often
                 wanted = max(wanted, slots.polled_at + min(policy.poll, timedelta(seconds=5)))
@@ -337,6 +396,14 @@ def backoff(
         ceiling = max(policy.retry_min, min(ceiling, left / 4))
     delay = policy.retry_min + (ceiling - policy.retry_min) * roll
     return max(delay, retry_after or delay)
+
+
+def not_renewable(slots: Slots, label: str) -> Slots:
+    """A renewal was refused for good: the lease lives to its end, and is replaced before it."""
+    key = slots.key(label)
+    if key is None:
+        return slots
+    return change(slots, replace(key, lease=replace(key.lease, renewable=False)))
 
 
 def failed(
@@ -394,11 +461,13 @@ def _past(moment: datetime | None, now: datetime) -> datetime | None:
 
 
 def put_off(slots: Slots, label: str, policy: Policy, now: datetime, roll: float) -> Slots:
-    """A revocation, verification or look-up got no answer: try again later."""
+    """A renewal, revocation, verification or look-up got no answer: try again later."""
     key = slots.key(label)
     if key is not None:
         failures = key.failures + 1
-        later = now + backoff(failures, roll, policy)
+        ends = key.lease.expires_at if policy.kind is Kind.LEASED else None
+        left = None if ends is None else ends - now
+        later = now + backoff(failures, roll, policy, left=left)
         return change(slots, replace(key, failures=failures, not_before=later))
     opened = tuple(
         replace(o, failures=o.failures + 1, not_before=now + backoff(o.failures + 1, roll, policy))

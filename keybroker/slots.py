@@ -18,6 +18,7 @@ class Event(StrEnum):
 
     WANTED = "wanted"  # about to ask for a key under this label
     HAVE = "have"  # the source answered with a lease
+    RENEWED = "renewed"  # the source moved the lease's end
     SWAP = "swap"  # verified, cached, handed out from now on; the one before is retired
     RETIRED = "retired"  # no longer handed out; to be revoked at revoke_at
     ANSWERED = "answered"  # an open call ended with an error: it cannot commit any more
@@ -28,7 +29,7 @@ class Event(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Record:
     """
-    One line of the journal. Only `wanted` carries an issuer, `have` a lease, and so on:
+    One line of the journal. Only `wanted` carries an issuer, `have` and `renewed` a lease:
 
         {"n":7,"at":"2026-11-21T15:45:51.123456Z","event":"wanted","profile":"work",
          "label":"kb-3f9a1c02-work-01k…","issuer":{"type":"litellm","url":"https://llm.example.com",
@@ -171,6 +172,12 @@ def fold(slots: Slots, record: Record) -> Slots:
         if slots.next is not None:  # its process ended before it was published
             retired = (*retired, _retire(slots.next, record.at, "never handed out", record))
         return replace(slots, next=key, retired=retired, accepted_at=record.at)
+    if record.event is Event.RENEWED and record.lease is not None:
+        known_key = slots.key(record.label)
+        if known_key is None:
+            return slots
+        renewed = replace(known_key, lease=record.lease, failures=0, not_before=None)
+        return change(slots, renewed)
     if record.event is Event.SWAP:
         return _swap(slots, record)
     if record.event is Event.RETIRED:

@@ -9,12 +9,12 @@ from keybroker.broker import Broker
 from keybroker.config import Profile
 from keybroker.guidance import environment, ttl_reason
 from keybroker.journal import write_time
-from keybroker.rotation import Kind
 from keybroker.slots import Key, Slots
 
 _WORDS: dict[type, str] = {
     rotation.Issue: "mint a new key",
     rotation.Poll: "read the source",
+    rotation.Renew: "renew the lease",
     rotation.Verify: "verify",
     rotation.Publish: "publish the new key",
     rotation.Retire: "retire",
@@ -81,7 +81,9 @@ def _row(broker: Broker, profile: Profile) -> dict[str, Any]:
             verified=current.verified,
             issued_at=write_time(current.lease.issued_at),
             expires_at=None if ends is None else write_time(ends),
-            late=ends is not None and policy.kind is Kind.MINTED and now > ends - policy.hold,
+            late=ends is not None
+            and policy.kind.ours
+            and now > ends - rotation.hold_of(current, policy),
             survives_outage_s=None if ends is None else max(0.0, (ends - now).total_seconds()),
         )
     return row

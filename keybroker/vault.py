@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from keybroker.credential import sha256
+from keybroker.credential import Reference, sha256
 from keybroker.document import Where
 from keybroker.errors import ConfigError
 from keybroker.fields import (
@@ -213,6 +213,25 @@ def with_variables(raw: Mapping[str, Any], environment: Mapping[str, str]) -> di
                 filled[name] = value.strip("/") if name == "namespace" else value
                 break
     return filled
+
+
+def variables(text: str) -> set[str]:
+    """Return the variables of the environment that a login by a table as JSON needs."""
+    vault = read_text(text)
+    names = {str(one.value) for one in _references(vault) if one.kind == "env"}
+    return names.union(AWS_VARIABLES) if vault.method == "aws" else names
+
+
+def files(text: str) -> list[str]:
+    """Return the files that a login by a table as JSON reads: another content may do better."""
+    vault = read_text(text)
+    found = [str(one.value) for one in _references(vault) if one.kind == "file"]
+    found += [vault.auth["token_path"]] if vault.method == "kubernetes" else []
+    return found + [one for one in (vault.client_cert, vault.client_key) if one is not None]
+
+
+def _references(vault: Vault) -> list[Reference]:
+    return [one for one in vault.auth.values() if isinstance(one, Reference)]
 
 
 def host_of(address: str) -> str:

@@ -16,16 +16,17 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 from keybroker import kernel, sources
 from keybroker.audit import Audit
-from keybroker.cache import Cache, Cached, find_wrap_key
+from keybroker.cache import Cache, Cached, decode_session, encode_session, find_wrap_key
 from keybroker.clock import Clock
 from keybroker.config import Profile, read_profile
-from keybroker.credential import Credential, Issuer, Lease, Secret
+from keybroker.credential import Credential, Issuer, Lease, Secret, Session
 from keybroker.document import Where
 from keybroker.errors import (
     CacheError,
@@ -44,8 +45,8 @@ from keybroker.journal import (
     read_time,
 )
 from keybroker.paths import Disk
-from keybroker.rotation import Kind
 from keybroker.slots import Event, Record
+from keybroker.sources.held import Held
 from keybroker.values import dataclass, field, replace
 
 T = TypeVar("T")
@@ -59,6 +60,8 @@ EFFECTS = (
     "wanted",
     "issue",
     "have",
+    "renew",
+    "renewed",
     "answered",
     "verify",
     "seal",
@@ -69,6 +72,7 @@ EFFECTS = (
     "revoke",
     "gone",
     "forget",
+    "keep",
     "answer",
 )
 
@@ -87,9 +91,10 @@ class Operations:
     environment: Mapping[str, str]
     clock: Clock = field(default_factory=Clock)
     disk: Disk = field(default_factory=Disk)
-    build: Callable[[Profile, Mapping[str, str]], sources.Source] = sources.build
-    revoker: Callable[[Issuer, Mapping[str, str], float], sources.Source] = sources.revoker
+    build: Callable[[Profile, Mapping[str, str], Held], sources.Source] = sources.build
+    revoker: Callable[[Issuer, Mapping[str, str], float, Held], sources.Source] = sources.revoker
     records: list[Record] = field(default_factory=list)
+    held: Held = field(default_factory=Held)
     _opened: dict[str, sources.Source] = field(default_factory=dict)
 
     def issue(self, profile: Profile, label: str) -> dict[str, Any]:
@@ -133,6 +138,14 @@ class Operations:
         self._audit("minted", profile.name, credential.secret.fingerprint, label=label)
         return {"credential": encode_credential(credential)}
 
+    def renew(self, profile: Profile, label: str, lease: Lease) -> dict[str, Any]:
+        """Have a lease's end moved."""
+        source = self._source(profile)
+        moved = perform("renew", lambda: source.renew(lease))
+        record = Record(self._now(), Event.RENEWED, profile.name, label, lease=moved)
+        self._write("renewed", record)
+        return {}
+
     def poll(self, profile: Profile) -> dict[str, Any]:
         """Read a followed source."""
         credential = self._source(profile).issue("")
@@ -166,7 +179,7 @@ class Operations:
         cached = Cached(credential, label, profile.issuer, verified, self.clock.read())
         cache = Cache(self.state, wrap_key, self.disk)
         perform("seal", lambda: cache.save(profile.name, cached))
-        if profile.kind is Kind.MINTED:
+        if profile.kind.ours:
             now = self._now()
             ends = now + hold if hold is not None else None  # of the one that it replaces
             swap = Record(now, Event.SWAP, profile.name, label, why=verified, revoke_at=ends)
@@ -204,6 +217,9 @@ class Operations:
     ) -> dict[str, Any]:
         """Look up what an interrupted issue left behind, and revoke it: its secret is lost."""
         source = self._revoker(issuer, timeout)
+        if last and not source.capabilities.find:
+            self._gone(profile, label, "over by itself, if it ever came to be")
+            return {"found": 0}
         found = perform("find", lambda: source.find(label))
         for lease in found:
             perform("revoke", lambda lease=lease: source.revoke(lease))  # type: ignore[misc]
@@ -236,9 +252,15 @@ class Operations:
         found = find_wrap_key(kind, self.state, self.environment)
         return {"key": found.key.reveal() if found.key else None, "origin": found.origin}
 
-    def open(self, kind: str, profiles: list[str]) -> dict[str, Any]:
+    def open(self, kind: str, profiles: list[str], sessions: list[str]) -> dict[str, Any]:
         """Fetch what seals the cache, and open all of it: what a process begins with."""
-        opened: dict[str, Any] = {"key": None, "sealed": {}, "lost": {}, "locked": []}
+        opened: dict[str, Any] = {
+            "key": None,
+            "sealed": {},
+            "sessions": [],
+            "lost": {},
+            "locked": [],
+        }
         try:
             opened.update(self.unlock(kind))
         except ConfigError:
@@ -256,7 +278,17 @@ class Operations:
             else:
                 if cached is not None:
                     opened["sealed"][name] = cached
+        for name in sessions:
+            with suppress(CacheError):  # the price is one more login
+                session = Cache(self.state, wrap_key, self.disk).load_session(name)
+                if session is not None:
+                    opened["sessions"].append(encode_session(session))
         return opened
+
+    def keep(self, kept: Session, wrap_key: Secret) -> dict[str, Any]:
+        """Seal a session, so that the next process need not log in."""
+        perform("keep", lambda: Cache(self.state, wrap_key, self.disk).save_session(kept))
+        return {}
 
     def load(self, profile: str, wrap_key: Secret | None) -> dict[str, Any]:
         """Open a profile's sealed credential."""
@@ -316,12 +348,13 @@ class Operations:
 
     def _source(self, profile: Profile) -> sources.Source:
         key = json.dumps([profile.name, profile.raw], sort_keys=True)
-        return self._open(key, lambda: self.build(profile, self.environment))
+        return self._open(key, lambda: self.build(profile, self.environment, self.held))
 
     def _revoker(self, issuer: Issuer, timeout: timedelta) -> sources.Source:
         seconds = timeout.total_seconds()
         return self._open(
-            repr((issuer, timeout)), lambda: self.revoker(issuer, self.environment, seconds)
+            repr((issuer, timeout)),
+            lambda: self.revoker(issuer, self.environment, seconds, self.held),
         )
 
     def _open(self, key: str, build: Callable[[], sources.Source]) -> sources.Source:
@@ -340,6 +373,8 @@ def answer(operations: Operations, message: Mapping[str, Any]) -> dict[str, Any]
     """Do what a message asks; the answer has the records that were written either way."""
     operations.records = []
     reply: dict[str, Any] = {"id": message.get("id")}
+    if (session := message.get("session")) is not None:
+        operations.held.take(decode_session(session))
     try:
         method = getattr(operations, str(message["op"]))
         reply["ok"] = method(**_arguments(message))
@@ -352,6 +387,8 @@ def answer(operations: Operations, message: Mapping[str, Any]) -> dict[str, Any]
         )
         reply["error"] = {**encode_error(problem), "unknown": True}
     reply["records"] = [encode(record) for record in operations.records]
+    if changed := operations.held.changed():
+        reply["sessions"] = [encode_session(session) for session in changed]
     return reply
 
 
@@ -364,11 +401,13 @@ def _arguments(message: Mapping[str, Any]) -> dict[str, Any]:
         "credential": decode_credential,
         "secret": Secret,
         "wrap_key": lambda v: None if v is None else Secret(v),
+        "kept": decode_session,
         "timeout": lambda v: timedelta(seconds=v),
         "hold": lambda v: None if v is None else timedelta(seconds=v),
         "revoke_at": read_time,
     }
-    rest = {name: value for name, value in message.items() if name not in ("id", "op", "seconds")}
+    envelope = ("id", "op", "seconds", "session")
+    rest = {name: value for name, value in message.items() if name not in envelope}
     return {name: read[name](value) if name in read else value for name, value in rest.items()}
 
 

@@ -45,6 +45,7 @@ TABLE: dict[str, set[str]] = {
     "oskeyring": {"keyring", "secretstorage"},
     "cache": {"cryptography"},
     "sources.http": {"httpx", "truststore"},
+    "sources.held": set(),
     "sources": set(),
     "sources.gateway": set(),
     "sources.command": set(),

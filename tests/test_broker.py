@@ -165,7 +165,7 @@ class Host:
                 sealed[one.name] = found
         self.broker.unlock(WRAP_KEY, "OS keyring", sealed)
 
-    def _build(self, profile: Profile, environment: Mapping[str, str]) -> object:
+    def _build(self, profile: Profile, *_: object) -> object:
         if profile.kind is Kind.FOLLOWED:
             return OwnerSource(self.owner, self.time)
         return LookingSource(self.gateway(profile.issuer.url), self)

@@ -82,6 +82,7 @@ def test_the_smallest_profile_has_every_default() -> None:
             "team_id": None,
             "metadata": {},
         },
+        "vault": None,
         "raw": None,
     }
     assert found.kind is Kind.MINTED

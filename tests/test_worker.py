@@ -673,7 +673,7 @@ def test_a_worker_keeps_a_few_sources_open(state: Path) -> None:
         def close(self) -> None:
             closed.append(self.name)
 
-    operations = worker.Operations(state, {}, build=lambda one, _: Source(one.name))  # type: ignore[arg-type,return-value]
+    operations = worker.Operations(state, {}, build=lambda one, *_: Source(one.name))  # type: ignore[arg-type,return-value]
     profiles = [profile_at("http://127.0.0.1:1", f"p{n}") for n in range(worker.MOST_OPEN + 2)]
     for one in profiles:
         operations._source(one)

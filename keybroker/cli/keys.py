@@ -41,6 +41,7 @@ from keybroker.errors import (
 from keybroker.journal import Journal, decode_lease, read_time
 from keybroker.label import is_label, prefix
 from keybroker.pool import variables
+from keybroker.rotation import Kind
 from keybroker.slots import replay
 
 ANSWER_SECONDS = 8.0  # after ten Claude Code says that a helper is slow
@@ -382,7 +383,7 @@ def sweep_command(profile: str | None, yes: bool, dry_run: bool, as_json: bool) 
     """
     config = configuration()
     chosen = [config.profile(profile)] if profile else list(config.profiles.values())
-    places = {(one.type, one.issuer.url): one for one in chosen if minted(one)}
+    places = {(one.type, one.issuer.url): one for one in chosen if one.kind is Kind.MINTED}
     if not places:
         raise ConfigError(
             "sweep: no configured profile mints keys, so no gateway can be asked",
@@ -393,7 +394,7 @@ def sweep_command(profile: str | None, yes: bool, dry_run: bool, as_json: bool) 
         orphans = []
         for one in places.values():
             with progress(f"listing keys at {one.issuer.url}"):
-                found = at.pool.call(one.type, "sweep", ACT_SECONDS, profile=one, prefix=begins)
+                found = at.call(one, "sweep", ACT_SECONDS, profile=one, prefix=begins)
             # Read after they were listed: a key is in the journal before it is minted.
             known = {o.label for s in replay(Journal(at.state).read()).values() for o in s.all}
             orphans += [
@@ -419,9 +420,7 @@ def sweep_command(profile: str | None, yes: bool, dry_run: bool, as_json: bool) 
                 raise NotReady(f"sweep: {len(orphans)} found, none revoked", hint="add --yes")
             click.confirm(f"Revoke {len(orphans)}?", abort=True)
         for one, label, lease in orphans:
-            at.pool.call(
-                one.type, "end", ACT_SECONDS, profile=one, label=label, lease=decode_lease(lease)
-            )
+            at.call(one, "end", ACT_SECONDS, profile=one, label=label, lease=decode_lease(lease))
         print(f"{len(orphans)} revoked", file=sys.stderr if as_json else sys.stdout)
 
 

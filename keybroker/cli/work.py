@@ -2,24 +2,24 @@
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from keybroker import listening, paths, wire
 from keybroker.broker import Broker
-from keybroker.cache import WrapKey
+from keybroker.cache import WrapKey, decode_session
 from keybroker.clock import Clock
 from keybroker.config import Config, Profile, load
-from keybroker.credential import Secret
+from keybroker.credential import Issuer, Secret, Session
 from keybroker.errors import ConfigError, NobodyAnswers
 from keybroker.handout import Sealed
 from keybroker.journal import Journal
-from keybroker.pool import Pool, variables
-from keybroker.rotation import Kind
-from keybroker.slots import Record, replay
+from keybroker.pool import Pool, sessions, variables
+from keybroker.slots import replay
 
 LOAD_SECONDS = 10.0
 ABOUT_SECONDS = 2.0
@@ -36,6 +36,22 @@ class Desk:
     wrap_key: WrapKey
     instance: str
     lost: list[str]  # what the cache could not give, in words
+
+    def call(
+        self, profile: Profile, op: str, seconds: float, /, **values: Any
+    ) -> Mapping[str, Any]:
+        """
+        Have one operation done at a profile's source, and wait.
+
+        Raises:
+            KeybrokerError: What the worker answered, or that it died.
+        """
+        session = self.broker.session(profile.issuer)
+        answer = self.pool.ask(profile.type, op, seconds, session=session, **values)
+        self.broker.hold(answer.sessions)
+        if answer.error is not None:
+            raise answer.error
+        return answer.ok or {}
 
 
 def configuration() -> Config:
@@ -113,16 +129,14 @@ def desk(
     if lock is not None:
         journal.compact()
     records = journal.read()
-    named = variables(config)
-    for kind, name in _variables(records):
-        named.setdefault(kind, set()).add(name)
-    pool = Pool(where, os.environ, lock, named)
+    issuers = [one.issuer for slots in replay(records).values() for one in slots.all]
+    pool = Pool(where, os.environ, lock, variables(config, issuers))
     try:
         wanted = list(config.profiles.values())
         if only is not None:
             others = [one for one in wanted if one is not only and lock is not None]
             wanted = [only, *others]
-        wrap_key, sealed, lost = _open_cache(pool, config, wanted)
+        wrap_key, sealed, held, lost = _open_cache(pool, config, wanted, issuers)
         broker = Broker(
             config.profiles.values(),
             records,
@@ -131,6 +145,7 @@ def desk(
             instance=paths.instance(where),
             wrap_key=wrap_key.key,
             origin=wrap_key.origin.removeprefix("memory only: "),
+            held=held,
             mints={one.name for one in mints},
             clock=Clock(),
             reread=journal.read,
@@ -221,24 +236,22 @@ def sealed_alone(config: Config, profile: Profile) -> Sealed | None:
 
 
 def _open_cache(
-    pool: Pool, config: Config, wanted: list[Profile]
-) -> tuple[WrapKey, dict[str, Sealed], list[str]]:
+    pool: Pool, config: Config, wanted: list[Profile], issuers: Sequence[Issuer] = ()
+) -> tuple[WrapKey, dict[str, Sealed], list[Session], list[str]]:
     kind = wanted[0].type if wanted else "cache"
     names = [profile.name for profile in wanted]
-    found = pool.call(kind, "open", LOAD_SECONDS, kind=config.cache_key, profiles=names)
+    found = pool.call(
+        kind,
+        "open",
+        LOAD_SECONDS,
+        kind=config.cache_key,
+        profiles=names,
+        sessions=sessions(config, issuers),
+    )
     wrap_key = WrapKey(Secret(found["key"]) if found["key"] else None, found["origin"])
-    return wrap_key, Sealed.read_all(found["sealed"]), list(found["lost"].values())
-
-
-def _variables(records: list[Record]) -> set[tuple[str, str]]:
-    """Return type and variable of the issuers that the journal still needs an admin key of."""
-    issuers = [one.issuer for slots in replay(records).values() for one in slots.all]
-    return {
-        (issuer.type, str(issuer.admin.value))
-        for issuer in issuers
-        if issuer.admin is not None and issuer.admin.kind == "env"
-    }
+    held = [decode_session(session) for session in found["sessions"]]
+    return wrap_key, Sealed.read_all(found["sealed"]), held, list(found["lost"].values())
 
 
 def minted(profile: Profile) -> bool:
-    return profile.kind is Kind.MINTED
+    return profile.kind.ours

@@ -1,13 +1,16 @@
 """Where credentials come from: one module a system, one contract for all."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from keybroker.config import Profile
-from keybroker.credential import Credential, Issuer, Lease, Secret, Verdict
+from keybroker.credential import Credential, Issuer, Lease, Reference, Secret, Verdict
 from keybroker.errors import SourceInvalid
 from keybroker.rotation import Kind
+from keybroker.sources.held import Held
+from keybroker.vault import Vault as Table
+from keybroker.vault import read_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,16 @@ class Source(Protocol):
             SourceInvalid: An answer that is no usable credential; `unknown` as above.
         """
 
+    def renew(self, lease: Lease) -> Lease:
+        """
+        Have a lease's end moved; return the lease as it is now.
+
+        Raises:
+            SourceUnavailable: It was not confirmed.
+            SourceDenied: It may not be renewed; it lives to its end.
+            SourceInvalid: It is no more.
+        """
+
     def revoke(self, lease: Lease) -> None:
         """
         End a key; one that the source does not know any more is a success.
@@ -64,28 +77,61 @@ class Source(Protocol):
         """Give up what is held open."""
 
 
-def build(profile: Profile, environment: Mapping[str, str]) -> Source:
-    """Return the source of a profile. Its library is imported here and not before."""
-    if profile.type == "litellm":
-        from keybroker.sources.litellm import LiteLLM
+def build(profile: Profile, environment: Mapping[str, str], held: Held | None = None) -> Source:
+    """
+    Return the source of a profile. Its library is imported here and not before.
 
-        return LiteLLM.of(profile, environment)
+    Args:
+        held: The sessions that a worker was handed; those begun are put there.
+    """
+    held = held or Held()
+    if profile.type == "vault":
+        from keybroker.sources.vault.source import Vault
+
+        return Vault.of(profile, environment, held)
     if profile.type == "command":
         from keybroker.sources.command import Command
 
         return Command(profile, environment)
+    seconds = profile.source["timeout"].total_seconds()
+    reader = None if profile.vault is None else _reader(profile.vault, environment, held, seconds)
+    if profile.type == "litellm":
+        from keybroker.sources.litellm import LiteLLM
+
+        return LiteLLM.of(profile, environment, reader)
     from keybroker.sources.static import Static
 
-    return Static(profile, environment)
+    return Static(profile, environment, reader)
 
 
-def revoker(issuer: Issuer, environment: Mapping[str, str], seconds: float = 8.0) -> Source:
+def revoker(
+    issuer: Issuer,
+    environment: Mapping[str, str],
+    seconds: float = 8.0,
+    held: Held | None = None,
+) -> Source:
     """Return a source that can find and revoke what an issuer of the journal minted."""
+    held = held or Held()
+    if issuer.type == "vault":
+        from keybroker.sources.vault.source import Vault
+
+        return Vault.by(issuer, environment, seconds, held)
     if issuer.type == "litellm":
         from keybroker.sources.litellm import LiteLLM
 
-        return LiteLLM.by(issuer, environment, seconds)
+        vault = read_text(issuer.vault) if issuer.vault else None
+        reader = None if vault is None else _reader(vault, environment, held, seconds)
+        return LiteLLM.by(issuer, environment, seconds, reader)
     raise SourceInvalid(f"{issuer.type}: this keybroker cannot revoke what it issued")
+
+
+def _reader(
+    vault: Table, environment: Mapping[str, str], held: Held, seconds: float
+) -> Callable[[Reference], Secret]:
+    """Return what reads references that lead to a Vault, in a third of the time of a call."""
+    from keybroker.sources.vault.source import read_reference
+
+    return lambda reference: read_reference(reference, vault, environment, held, seconds / 3)
 
 
 def check_hand_out(secret: Secret, profile: Profile) -> None:

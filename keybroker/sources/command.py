@@ -12,49 +12,34 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from keybroker.config import Profile
-from keybroker.credential import Credential, Lease, Secret, Verdict
+from keybroker.credential import Credential, Lease, Secret
 from keybroker.errors import ConfigError, SourceInvalid, SourceUnavailable
 from keybroker.fields import read_duration
 from keybroker.journal import read_time
-from keybroker.rotation import Kind
-from keybroker.sources import Capabilities, gateway
+from keybroker.sources.followed import Followed
+from keybroker.sources.gateway import Gateway
 
 LARGEST_OUTPUT = 64 << 10
 ALWAYS_PASSED = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ", "TMPDIR")
 
 
-class Command:
+class Command(Followed):
     """Runs the program of a profile; its stderr is dropped, since it may show a key."""
 
-    capabilities = Capabilities(Kind.FOLLOWED)
+    type = "command"
 
     def __init__(self, profile: Profile, environment: Mapping[str, str]) -> None:
+        super().__init__(Gateway.of(profile))
         self._command: tuple[str, ...] = profile.source["command"]
         passed = (*ALWAYS_PASSED, *profile.source["environment"])
         self._environment = {k: environment[k] for k in passed if k in environment}
         self._seconds = profile.source["timeout"].total_seconds()
-        self._gateway = gateway.Gateway.of(profile)
 
     def issue(self, label: str) -> Credential:
         del label  # the program's key has its owner's name
         issued_at = datetime.now(UTC)
         output = run(self._command, self._environment, self._seconds)
         return parse(output.decode("utf-8", "replace").strip(), issued_at)
-
-    def verify(self, secret: Secret) -> Verdict:
-        return self._gateway.verify(secret)
-
-    def revoke(self, lease: Lease) -> None:
-        raise SourceInvalid("command: a key that a program prints is not ours to revoke")
-
-    def find(self, label: str) -> Sequence[Lease]:
-        return ()
-
-    def sweep(self, prefix: str) -> Sequence[tuple[str, Lease]]:
-        return ()
-
-    def close(self) -> None:
-        self._gateway.close()
 
 
 def parse(output: str, issued_at: datetime) -> Credential:

@@ -4,6 +4,7 @@ Proxy variables, SSL_CERT_FILE and the system's certificate store are honoured, 
 """
 
 import json
+import socket
 import ssl
 import time
 from collections.abc import Mapping
@@ -45,6 +46,12 @@ PROBLEMS: dict[type[Exception], tuple[str, bool]] = {
     httpx.StreamError: ("failed", True),
     httpx.CookieConflict: ("failed", True),
 }
+# What OpenSSL's reason says, beside a certificate that is not trusted.
+TLS = {
+    "CERTIFICATE_REQUIRED": "wants a certificate of ours",
+    "WRONG_VERSION_NUMBER": "speaks no TLS; its address may begin with http://",
+    "RECORD_LAYER_FAILURE": "speaks no TLS; its address may begin with http://",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,24 +92,43 @@ class Reply:
 
 
 class Http:
-    """Calls to one host for one speaker, whose name begins every message."""
+    """
+    Calls to one host for one speaker, whose name begins every message.
+
+    Attributes:
+        host: What messages call the other side.
+        until: No call goes on beyond it, by `time.monotonic()`; None: each has its own time.
+    """
 
     def __init__(
         self,
         speaker: str,
         url: str,
         *,
+        host: str | None = None,
         ca: str | None = None,
+        certificate: tuple[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
         seconds: float = 8.0,
     ) -> None:
+        """
+        Say where calls go; nothing is opened before the first.
+
+        Args:
+            url: An address, or the path of a socket after unix:, to which no proxy leads.
+            host: What messages call it, where that is not the host of the address.
+            ca: A PEM file of authorities that are trusted beside the system's.
+            certificate: PEM files of our certificate and of its key.
+        """
         self.speaker = speaker
-        self.url = url
-        self.host = urlsplit(url).netloc
+        self.until: float | None = None
         self.seconds = seconds
-        self._until: float | None = None
+        self._socket = url.removeprefix("unix:") if url.startswith("unix:") else None
+        self.url = "http://localhost" if self._socket else url
+        self.host = host or urlsplit(url).netloc or url
         self._headers = {"user-agent": f"keybroker/{__version__}", **(headers or {})}
         self._ca = ca
+        self._certificate = certificate
         self._client: httpx.Client | None = None
 
     def call(
@@ -113,19 +139,20 @@ class Http:
         query: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
         body: Mapping[str, Any] | None = None,
+        redirect_is_reply: bool = False,
     ) -> Reply:
         """
-        Send one request, once.
+        Send one request, once. A redirect is never followed.
 
         Raises:
             SourceUnavailable: No whole answer; `unknown` unless it was never sent.
-            SourceInvalid: A redirect, which is never followed, or an endless body.
-            ConfigError: The `ca` file cannot be used.
+            SourceInvalid: An endless body, or a redirect, unless that counts as a reply.
+            ConfigError: The `ca` file or our certificate cannot be used.
         """
         asked_at = datetime.now(UTC)
         deadline = time.monotonic() + self.seconds
-        if self._until is not None:
-            deadline = min(deadline, self._until)
+        if self.until is not None:
+            deadline = min(deadline, self.until)
         seconds = max(0.05, deadline - time.monotonic())
         timeout = httpx.Timeout(seconds, connect=min(CONNECT_SECONDS, seconds))
         try:
@@ -140,7 +167,7 @@ class Http:
                 data = self._body(response, deadline)
         except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL) as error:
             raise self._problem(error) from None
-        if 300 <= response.status_code < 400:
+        if 300 <= response.status_code < 400 and not redirect_is_reply:
             raise SourceInvalid(
                 f"{self.speaker}: {self.host} answers {response.status_code}, a redirect; "
                 "credentials do not follow it",
@@ -160,24 +187,25 @@ class Http:
     def fresh(self) -> None:
         """Let the next calls open a new connection, and take no longer than one call together."""
         self.close()
-        self._until = time.monotonic() + self.seconds
+        self.until = time.monotonic() + self.seconds
 
     @property
     def is_late(self) -> bool:
-        """Whether the time that `fresh` gave is over."""
-        return self._until is not None and time.monotonic() >= self._until
+        """Whether the time for several calls together is over."""
+        return self.until is not None and time.monotonic() >= self.until
 
     def _opened(self) -> httpx.Client:
         if self._client is None:
-            context = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            if self._ca is not None:
-                try:
-                    context.load_verify_locations(cafile=self._ca)
-                except (OSError, ssl.SSLError):
-                    raise ConfigError(f"ca: {self._ca}: is not a readable PEM file") from None
+            if self._socket is not None:
+                self._client = httpx.Client(
+                    transport=httpx.HTTPTransport(uds=self._socket),
+                    trust_env=False,
+                    headers=self._headers,
+                )
+                return self._client
             try:
                 self._client = httpx.Client(
-                    verify=context, follow_redirects=False, headers=self._headers
+                    verify=self._context(), follow_redirects=False, headers=self._headers
                 )
             except (ValueError, httpx.InvalidURL):  # their texts repeat the proxy's password
                 raise ConfigError(
@@ -185,6 +213,24 @@ class Http:
                     hint="see HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY",
                 ) from None
         return self._client
+
+    def _context(self) -> ssl.SSLContext:
+        context = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        if self._ca is not None:
+            try:
+                context.load_verify_locations(cafile=self._ca)
+            except (OSError, ssl.SSLError):
+                raise ConfigError(f"ca: {self._ca}: is not a readable PEM file") from None
+        if self._certificate is not None:
+            certificate, key = self._certificate
+            try:  # with a password, so that nobody is asked for one on a terminal
+                context.load_cert_chain(certificate, key, password="")
+            except (OSError, ssl.SSLError):
+                raise ConfigError(
+                    f"{self.speaker}: {certificate} and {key} are not a certificate and its key",
+                    hint="two PEM files that belong together, the key without a password",
+                ) from None
+        return context
 
     def _body(self, response: httpx.Response, deadline: float) -> bytes:
         data = b""
@@ -207,6 +253,10 @@ class Http:
             if isinstance(cause, ssl.SSLCertVerificationError):
                 words = "has a certificate that is not trusted here"
                 hint = 'name its authority: ca = "/path/to/authority.pem"'
+            elif isinstance(cause, ssl.SSLError):
+                words = next((w for r, w in TLS.items() if r in str(cause.reason)), words)
+            elif isinstance(cause, socket.gaierror):
+                words = "cannot be found by its name"
             cause = cause.__cause__ or cause.__context__
         return SourceUnavailable(
             f"{self.speaker}: {self.host} {words}", hint=hint, unknown=committed

@@ -48,22 +48,35 @@ class LiteLLM:
         environment: Mapping[str, str],
         profile: Profile | None = None,
         seconds: float = 8.0,
+        vault: reference.Reader | None = None,
     ) -> None:
         self._issuer = issuer
         self._environment = environment
         self._profile = profile
+        self._vault = vault
         self._http = Http("litellm", issuer.url, ca=issuer.ca, seconds=seconds)
         self._gateway = Gateway.of(profile, self._info) if profile is not None else None
 
     @classmethod
-    def of(cls, profile: Profile, environment: Mapping[str, str]) -> "LiteLLM":
+    def of(
+        cls,
+        profile: Profile,
+        environment: Mapping[str, str],
+        vault: reference.Reader | None = None,
+    ) -> "LiteLLM":
         seconds = profile.source["timeout"].total_seconds()
-        return cls(profile.issuer, environment, profile, seconds)
+        return cls(profile.issuer, environment, profile, seconds, vault)
 
     @classmethod
-    def by(cls, issuer: Issuer, environment: Mapping[str, str], seconds: float = 8.0) -> "LiteLLM":
+    def by(
+        cls,
+        issuer: Issuer,
+        environment: Mapping[str, str],
+        seconds: float = 8.0,
+        vault: reference.Reader | None = None,
+    ) -> "LiteLLM":
         """Return one that can find and revoke, from the journal's record alone."""
-        return cls(issuer, environment, seconds=seconds)
+        return cls(issuer, environment, seconds=seconds, vault=vault)
 
     def issue(self, label: str) -> Credential:
         """Mint a key. It is asked for once: after a time-out the label is looked up instead."""
@@ -92,6 +105,9 @@ class LiteLLM:
                 raise SourceInvalid("litellm: its expiry cannot be read", unknown=True) from None
         lease = Lease(_id(secret), "litellm", reply.asked_at, ends, revocable=True)
         return Credential(secret, lease)
+
+    def renew(self, lease: Lease) -> Lease:
+        raise SourceDenied("litellm: its keys are not renewed")
 
     def revoke(self, lease: Lease) -> None:
         """Delete by hash. Only the proxy's own words count as "not found", not a bare 404."""
@@ -184,7 +200,7 @@ class LiteLLM:
         body: Mapping[str, Any] | None = None,
     ) -> Reply:
         assert self._issuer.admin is not None
-        admin = reference.resolve(self._issuer.admin, self._environment)
+        admin = reference.resolve(self._issuer.admin, self._environment, self._vault)
         headers = {"authorization": f"Bearer {admin.reveal()}"}
         return self._http.call(method, path, query=query, headers=headers, body=body)
 

@@ -2,23 +2,35 @@
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from keybroker.credential import Reference, Secret
 from keybroker.errors import ConfigError, KeybrokerError, SourceDenied, SourceUnavailable
 
 LARGEST_FILE = 1 << 16
 KEYRING = ("XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS")  # for a program that asks one
+Reader = Callable[[Reference], Secret]
 
 
-def resolve(reference: Reference, environment: Mapping[str, str]) -> Secret:
+def resolve(
+    reference: Reference,
+    environment: Mapping[str, str],
+    vault: Reader | None = None,
+    *,
+    open_to_others: bool = False,
+) -> Secret:
     """
     Return the secret.
+
+    Args:
+        vault: Reads what is in Vault; only what was configured with one names such a place.
+        open_to_others: A file may be: whoever put it there, such as Kubernetes, wants it so.
 
     Raises:
         ConfigError: The variable is not set, the file is not there or others can read it.
         SourceDenied: The keyring has no such entry.
         SourceUnavailable: The keyring is locked, the command failed: try again.
+        SourceError: Vault said no, or nothing.
     """
     kind, value = reference.kind, reference.value
     try:
@@ -28,7 +40,10 @@ def resolve(reference: Reference, environment: Mapping[str, str]) -> Secret:
         if kind == "env":
             return Secret(_variable(name, environment))
         if kind == "file":
-            return Secret(_file(name, environment))
+            return Secret(_file(name, open_to_others))
+        if kind == "vault":
+            assert vault is not None, "what names Vault was configured with one"
+            return vault(reference)
         return Secret(_keyring(name))
     except ValueError as error:
         raise ConfigError(f"reference {reference}: what it names is {error}") from None
@@ -41,7 +56,7 @@ def _variable(name: str, environment: Mapping[str, str]) -> str:
     return environment[name].strip()
 
 
-def _file(name: str, environment: Mapping[str, str]) -> str:
+def _file(name: str, open_to_others: bool) -> str:
     path = os.path.expanduser(name) if name.startswith("~/") else name
     try:
         with open(path, "rb") as file:
@@ -50,9 +65,9 @@ def _file(name: str, environment: Mapping[str, str]) -> str:
     except OSError as error:
         raise ConfigError(
             f"reference file:{name}: cannot be read ({error.strerror})",
-            hint="put the key there, in a file of mode 0600",
+            hint=None if open_to_others else "put the key there, in a file of mode 0600",
         ) from None
-    if stat.S_ISREG(mode) and mode & 0o077:
+    if stat.S_ISREG(mode) and mode & 0o077 and not open_to_others:
         raise ConfigError(
             f"reference file:{name}: others can read it", hint=f"type: chmod 600 {name}"
         )

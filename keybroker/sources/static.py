@@ -3,25 +3,31 @@
 Or a placeholder, for gateways that check no key: OGX, Ollama, vLLM, LM Studio.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from keybroker.config import Profile
 from keybroker.credential import Credential, Lease, Secret, Verdict
-from keybroker.errors import SourceInvalid
-from keybroker.rotation import Kind
-from keybroker.sources import Capabilities, gateway, reference
+from keybroker.sources import reference
+from keybroker.sources.followed import Followed
+from keybroker.sources.gateway import Gateway
 
 
-class Static:
+class Static(Followed):
     """Reads the key of a profile anew each time, so that its owner may rotate it."""
 
-    capabilities = Capabilities(Kind.FOLLOWED)
+    type = "static"
 
-    def __init__(self, profile: Profile, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        environment: Mapping[str, str],
+        vault: reference.Reader | None = None,
+    ) -> None:
+        super().__init__(Gateway.of(profile))
         self._profile = profile
         self._environment = environment
-        self._gateway = gateway.Gateway.of(profile)
+        self._vault = vault
 
     def issue(self, label: str) -> Credential:
         """Return the key as it stands now; its fingerprint is its version."""
@@ -30,22 +36,10 @@ class Static:
         if placeholder is not None:
             secret = Secret(placeholder)
         else:
-            secret = reference.resolve(self._profile.source["key"], self._environment)
+            secret = reference.resolve(self._profile.source["key"], self._environment, self._vault)
         return Credential(secret, Lease(secret.fingerprint, "static", datetime.now(UTC)))
 
     def verify(self, secret: Secret) -> Verdict:
         if self._profile.source["placeholder"] is not None:
             return self._gateway.answers(secret)
-        return self._gateway.verify(secret)
-
-    def revoke(self, lease: Lease) -> None:
-        raise SourceInvalid("static: a key that somebody else keeps is not ours to revoke")
-
-    def find(self, label: str) -> Sequence[Lease]:
-        return ()
-
-    def sweep(self, prefix: str) -> Sequence[tuple[str, Lease]]:
-        return ()
-
-    def close(self) -> None:
-        self._gateway.close()
+        return super().verify(secret)
