@@ -39,7 +39,9 @@ from keybroker.rotation import RETRY_MAX, Kind, Policy, default_hold, shortest_l
 from keybroker.values import dataclass, field
 from keybroker.vault import AUTH, PLACE, Vault, read_vault, with_variables
 
-USUAL_LEASE = timedelta(hours=1)  # how long one whose answer was lost is taken to live
+# How long a lease whose answer was lost may live: longer ones are not taken; or what Vault itself
+# allows where nobody said less.
+LONGEST_LEASE, LONGEST_ORPHAN = timedelta(hours=24), timedelta(hours=768)
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
 GENERAL = {
@@ -210,7 +212,7 @@ class Profile:
         if self.kind is Kind.MINTED:
             return Policy(**common, lifetime=self.source["lifetime"], max_live=self.max_live)
         if self.kind is Kind.LEASED:
-            lifetime = self.source["lifetime"] or USUAL_LEASE
+            lifetime = LONGEST_ORPHAN if self.source["allow_orphans"] else LONGEST_LEASE
             return Policy(**common, lifetime=lifetime, max_live=self.max_live)
         poll: timedelta = self.source["poll"]
         retry_max = min(RETRY_MAX, max(poll, timedelta(seconds=5)))

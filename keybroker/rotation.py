@@ -44,8 +44,8 @@ class Policy:
 
     Attributes:
         issuer: Only its keys are handed out; keys of another are retired and revoked there.
-        lifetime: Asked of the gateway (minted), or how long a lease whose answer was lost is
-            taken to live (leased).
+        lifetime: Asked of the gateway (minted), or how long a lease whose answer was lost
+            may live (leased).
         hold: How long a reader may keep a key.
         timeout: The longest that one call to the source takes.
         poll: How often a followed source is read.
@@ -334,10 +334,13 @@ def _look_up(open_: Open, policy: Policy, now: datetime) -> tuple[datetime, Step
 
 def _settled(open_: Open, policy: Policy, now: datetime) -> bool:
     """Say whether an open label no longer keeps another key from being asked for."""
-    after = open_.since + policy.timeout + SETTLED
     if policy.kind is Kind.LEASED:
-        return now >= after
-    return open_.looked_at is not None and open_.looked_at >= after
+        return now >= _settles_at(open_, policy)
+    return open_.looked_at is not None and open_.looked_at >= _settles_at(open_, policy)
+
+
+def _settles_at(open_: Open, policy: Policy) -> datetime:
+    return open_.since + policy.timeout + SETTLED
 
 
 def _replacement(slots: Slots, policy: Policy, now: datetime) -> Iterator[tuple[datetime, Step]]:
@@ -358,7 +361,12 @@ def _replacement(slots: Slots, policy: Policy, now: datetime) -> Iterator[tuple[
                 wanted = max(wanted, slots.polled_at + min(policy.poll, timedelta(seconds=5)))
         yield max(wanted or now, slots.not_before or now), Poll()
         return
-    if wanted is None or live(slots, policy, now) >= policy.max_live:
+    if wanted is None:
+        return
+    if live(slots, policy, now) >= policy.max_live:
+        room = [_settles_at(one, policy) for one in slots.open if not _settled(one, policy, now)]
+        if policy.kind is Kind.LEASED and room:  # no look-up will say so
+            yield max(wanted, min(room), slots.not_before or wanted), Issue()
         return
     spaced = now
     if slots.wanted_at is not None and slots.wanted_at <= now:  # else the clock was set back

@@ -270,7 +270,7 @@ class World:
         self.profile = profile
         self.roll = roll
         self.gateway = Gateway(self.time)
-        self.gateway.lifetime = profile.source["lifetime"].total_seconds()
+        self.gateway.lifetime = profile.policy.lifetime.total_seconds()
         self.handed_out: list[HandedOut] = []
         self.crash_at: tuple[int, str, str] | None = None  # n-th effect from now, side, who
         self.effects: list[str] = []
@@ -284,8 +284,8 @@ class World:
             {},
             clock=self.time,
             disk=self.disk,
-            build=lambda *_: GatewaySource(self.gateway),  # type: ignore[arg-type,return-value]
-            revoker=lambda *_: GatewaySource(self.gateway),  # type: ignore[arg-type,return-value]
+            build=lambda *_: self.source(),
+            revoker=lambda *_: self.source(),
         )
         self.workers = InProcess(operations)
         message = {
@@ -309,6 +309,10 @@ class World:
             roll=self.roll,
             reread=self.journal.read,
         )
+
+    def source(self) -> Any:
+        """Return what a worker has of the gateway."""
+        return GatewaySource(self.gateway)
 
     def perform(self, effect: str, call: Callable[[], Any]) -> Any:
         """Stand in for worker.perform: count, and crash where it was asked for."""
@@ -349,6 +353,7 @@ class World:
             return self.broker.now()
 
     def watch(self) -> None:
+        """Note what is to be looked at in the end."""
         self.most_alive = max(self.most_alive, len(self.gateway.alive()))
 
     def ask(self) -> str | None:
@@ -390,8 +395,8 @@ class DaemonWorld(World):
             {},
             clock=self.time,
             disk=self.disk,
-            build=lambda *_: GatewaySource(self.gateway),  # type: ignore[arg-type,return-value]
-            revoker=lambda *_: GatewaySource(self.gateway),  # type: ignore[arg-type,return-value]
+            build=lambda *_: self.source(),
+            revoker=lambda *_: self.source(),
         )
         self.workers = InProcess(operations)
         self.journal = Journal(STATE, self.disk)
