@@ -48,8 +48,15 @@ TABLE: dict[str, set[str]] = {
     "sources.held": set(),
     "sources": set(),
     "sources.gateway": set(),
+    "sources.followed": set(),
     "sources.command": set(),
     "sources.reference": set(),
+    "sources.vault": set(),
+    "sources.vault.server": {"hvac"},
+    "sources.vault.refusals": set(),
+    "sources.vault.methods": {"botocore"},
+    "sources.vault.login": set(),
+    "sources.vault.source": set(),
     "sources.static": set(),
     "sources.litellm": set(),
     "worker": set(),
@@ -85,7 +92,9 @@ TABLE: dict[str, set[str]] = {
     "cli": set(),
 }
 # The one place that imports downwards, inside functions: a source is chosen by its name.
-CHOICES = {("sources", f"sources.{name}") for name in ("command", "litellm", "static")}
+CHOICES = {
+    ("sources", f"sources.{name}") for name in ("command", "litellm", "static", "vault.source")
+}
 CHOICES.add(("listening", "daemon"))  # it listens first, and loads the rest while clients queue
 
 # A secret leaves through reveal() here and nowhere else.
@@ -98,6 +107,9 @@ REVEALS = {
     "sources": "an Anthropic key is known by its beginning",
     "sources.gateway": "presents it to the gateway",
     "sources.litellm": "presents the admin key, and asks for the key that it chose",
+    "sources.vault.server": "presents the token to Vault",
+    "sources.vault.methods": "presents to Vault what a login is made with",
+    "sources.vault.login": "asks Vault whose a wrapping token is, before it is used",
 }
 
 # What a process that stays must not load: a worker has it, for as long as it is needed.

@@ -1,0 +1,428 @@
+"""What is read in Vault: keys that somebody keeps, leases, keys that Vault itself rotates.
+
+See: https://developer.hashicorp.com/vault/docs/concepts/lease
+"""
+
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from keybroker.config import Profile
+from keybroker.credential import Credential, Issuer, Lease, Reference, Secret
+from keybroker.errors import SourceError, SourceInvalid
+from keybroker.fields import read_duration
+from keybroker.journal import read_time
+from keybroker.rotation import Kind
+from keybroker.sources import Capabilities
+from keybroker.sources.followed import Followed
+from keybroker.sources.gateway import Gateway
+from keybroker.sources.held import Held
+from keybroker.sources.http import Reply
+from keybroker.sources.vault.login import CLEARLY_LESS, Login, token_of
+from keybroker.sources.vault.server import Server, part, said, seconds
+from keybroker.values import replace
+from keybroker.vault import Vault as Table
+from keybroker.vault import read_text
+
+LONGEST_UNASKED = timedelta(hours=24)  # a lease whose answer was lost lives that long
+ENDED_FOR = timedelta(minutes=1)  # a lease that is over, by a server whose clock is behind
+SOONEST_REREAD = timedelta(seconds=5)
+PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,19}")  # no key looks like it
+WRONG_KIND = "invalid path for a versioned k/v"
+GONE = re.compile(r"lease not found|invalid lease|no lease entry")
+FINAL = re.compile(r"not renewable|past the max ttl|cannot be renewed")
+
+
+class Place:
+    """One Vault, with a way in."""
+
+    def __init__(
+        self, vault: Table, environment: Mapping[str, str], held: Held, seconds: float
+    ) -> None:
+        self.server = Server(vault, seconds)
+        self.login = Login(vault, self.server, environment, held)
+        self.who = f"vault: {self.server.host}"
+
+    def read(self, path: str, version: int | None = None) -> Reply:
+        """Read a path, whatever is mounted there."""
+        query = {} if version is None else {"version": str(version)}
+        return self.login.ask(
+            lambda client: client.adapter.get(f"/v1/{path}", params=query), path, "read"
+        )
+
+    def invalid(self, path: str, words: str, hint: str | None = None) -> SourceInvalid:
+        return SourceInvalid(f"{self.who}: {path}: {words}"[:200], hint=hint)
+
+    def nothing(self, path: str, reply: Reply) -> SourceInvalid:
+        """Return the error for an answer that is no data."""
+        return self.invalid(path, *_why_nothing(path, reply))
+
+    def table(self, path: str, reply: Reply) -> Mapping[str, Any]:
+        """
+        Return the data of a secret of either kind of KV.
+
+        Raises:
+            SourceInvalid: There is none.
+        """
+        data = part(reply, "data")
+        if is_versioned(data):
+            inner, meta = data["data"], data["metadata"]
+            if inner is None:
+                raise self.invalid(path, *_end_of_version(meta))
+            return inner if isinstance(inner, dict) else {}
+        if reply.status != 200:
+            raise self.nothing(path, reply)
+        return data
+
+    def secret(self, path: str, field: str, data: Mapping[str, Any]) -> Secret:
+        """
+        Return what is in a field.
+
+        Raises:
+            SourceInvalid: It is not there, or no key.
+        """
+        if field not in data:
+            there = sorted(name for name in data if PLAIN_NAME.fullmatch(name))[:5]
+            hint = f"it has {', '.join(there)}; see field" if there else "see field"
+            raise self.invalid(path, f"has no field {field}", hint)
+        if not isinstance(data[field], str):
+            raise self.invalid(path, f"field {field} is no text")
+        try:
+            return Secret(data[field])
+        except ValueError as error:
+            hint = f"write it without blanks and line ends: bao kv patch … {field}=-"
+            raise self.invalid(path, f"field {field} is {error}", hint) from None
+
+    def revoke(self, lease_id: str) -> None:
+        """
+        End a lease, and return when it has ended; one that is over is a success.
+
+        Raises:
+            SourceError: It was not confirmed.
+        """
+        path = "sys/leases/revoke"
+        body = {"lease_id": lease_id, "sync": True}
+        reply = self.login.ask(lambda client: client.write_data(path, data=body), path, "update")
+        if reply.status >= 300 and not GONE.search(said(reply)):
+            raise self.invalid(path, f"did not end a lease ({reply.status})")
+
+
+class Vault(Followed):
+    """Reads or leases the key of a profile."""
+
+    type = "vault"
+
+    def __init__(self, place: Place, profile: Profile | None = None) -> None:
+        self._place = place
+        self._profile = profile
+        leased = profile is None or profile.kind is Kind.LEASED
+        self.capabilities = Capabilities(
+            Kind.LEASED if leased else Kind.FOLLOWED, revoke=leased, enforces_expiry=leased
+        )
+        if profile is not None:
+            super().__init__(Gateway.of(profile))
+            self._path: str = profile.source["path"]
+            self._field: str = profile.source["field"]
+
+    @classmethod
+    def of(cls, profile: Profile, environment: Mapping[str, str], held: Held) -> "Vault":
+        assert profile.vault is not None
+        seconds = profile.source["timeout"].total_seconds()
+        return cls(Place(profile.vault, environment, held, seconds), profile)
+
+    @classmethod
+    def by(
+        cls, issuer: Issuer, environment: Mapping[str, str], seconds: float, held: Held
+    ) -> "Vault":
+        """Return one that can revoke, from the journal's record alone."""
+        return cls(Place(read_text(issuer.vault), environment, held, seconds))
+
+    def issue(self, label: str) -> Credential:
+        """Read the key as it stands now, or have one made for us."""
+        del label  # Vault names a lease by itself
+        assert self._profile is not None
+        self._place.server.begin()
+        engine = self._profile.source["engine"]
+        if engine == "dynamic":
+            return self._leased()
+        if engine == "static-role":
+            return self._rotated()
+        return self._kept()
+
+    def renew(self, lease: Lease) -> Lease:
+        """Have a lease's end moved, as far as before or as configured."""
+        if self.capabilities.kind is not Kind.LEASED:
+            return super().renew(lease)
+        self._place.server.begin()
+        wish = self._profile.source["lifetime"] if self._profile is not None else None
+        if wish is None and lease.expires_at is not None:
+            wish = lease.expires_at - (lease.renewed_at or lease.issued_at)
+        asked = max(1, round(wish.total_seconds())) if wish else 3600
+        path = "sys/leases/renew"
+        reply = self._place.login.ask(
+            lambda client: client.sys.renew_lease(lease.id, increment=asked),
+            path,
+            "update",
+            leases=True,
+        )
+        text = said(reply)
+        if reply.status != 200:
+            if GONE.search(text):
+                raise SourceInvalid(f"{self._place.who}: has ended the lease")
+            if FINAL.search(text):
+                return replace(lease, renewable=False)
+            raise self._place.invalid(path, f"did not renew the lease ({reply.status})")
+        got = seconds(reply.value.get("lease_duration"))
+        if got is None:
+            return replace(lease, renewable=False)
+        ends = reply.asked_at + got
+        session = self._place.login.used
+        held = token_of(session) == lease.session
+        until = session.expires_at if held else lease.session_ends
+        enough = reply.asked_at + CLEARLY_LESS * timedelta(seconds=asked)
+        bound = until is not None and until < enough and not (held and session.renewable)
+        return replace(
+            lease,
+            expires_at=ends if until is None else min(ends, until),
+            renewed_at=reply.asked_at,
+            renewable=reply.value.get("renewable") is True and ends >= enough and not bound,
+            session_ends=until,
+        )
+
+    def revoke(self, lease: Lease) -> None:
+        """End a lease; one that ended by itself a while ago is not asked about."""
+        if self.capabilities.kind is not Kind.LEASED:
+            return super().revoke(lease)
+        if lease.expires_at is not None and lease.expires_at + ENDED_FOR < datetime.now(UTC):
+            return None
+        self._place.server.begin()
+        return self._place.revoke(lease.id)
+
+    def close(self) -> None:
+        self._place.server.close()
+        if self._profile is not None:
+            super().close()
+
+    def _kept(self) -> Credential:
+        """Read a secret of KV; its version, or its fingerprint, is its lease's name."""
+        assert self._profile is not None
+        reply = self._place.read(self._path, self._profile.source["version"])
+        if lease_id := _lease_id(reply):
+            self._undo(lease_id)
+            raise self._place.invalid(
+                self._path, "is made anew for each reader", 'set engine = "dynamic"'
+            )
+        data = self._place.table(self._path, reply)
+        secret = self._place.secret(self._path, self._field, data)
+        answer = part(reply, "data")
+        if is_versioned(answer):
+            return Credential(secret, self._versioned(reply, answer["metadata"], data))
+        lease = Lease(secret.fingerprint, "vault", reply.asked_at)
+        again = seconds(reply.value.get("lease_duration")) if "ttl" in data else None
+        if again is not None:  # advice of whoever wrote it; nothing ends
+            lease = replace(lease, reread_at=reply.asked_at + max(again, SOONEST_REREAD))
+        ends = self._time(data, "expires_at")
+        return Credential(secret, self._ending(lease, ends))
+
+    def _versioned(self, reply: Reply, meta: Mapping[str, Any], data: Mapping[str, Any]) -> Lease:
+        """Read when a version was written and when it ends, from whichever place says so."""
+        said_with = meta.get("custom_metadata") or {}
+        written = self._time(meta, "created_time")
+        version = meta.get("version")
+        if written is None or isinstance(version, bool) or not isinstance(version, int):
+            raise self._place.invalid(self._path, "answers, but not as KV 2 does")
+        skew = reply.skew
+        ends = [self._time(data if data.get("expires_at") else said_with, "expires_at")]
+        deleted = self._time(meta, "deletion_time")
+        ends.append(None if deleted is None else deleted - skew)
+        ttl = self._length(data if data.get("ttl") else said_with)
+        ends.append(None if ttl is None else written - skew + ttl)
+        lease = Lease(f"version {version}", "vault", reply.asked_at, written_at=written)
+        return self._ending(lease, min((end for end in ends if end is not None), default=None))
+
+    def _ending(self, lease: Lease, ends: datetime | None) -> Lease:
+        if ends is not None and ends <= lease.issued_at:
+            raise self._place.invalid(
+                self._path, f"the key in it has ended on {_day(ends)}", "put a new one there"
+            )
+        return replace(lease, expires_at=ends)
+
+    def _time(self, table: Mapping[str, Any], name: str) -> datetime | None:
+        """Read a time with its zone; what is not there or empty is None."""
+        if not table.get(name):
+            return None
+        try:
+            return read_time(table[name])
+        except (ValueError, TypeError, OverflowError):
+            raise self._place.invalid(
+                self._path, f"{name} cannot be read", "such as 2027-01-31T12:00:00Z"
+            ) from None
+
+    def _length(self, table: Mapping[str, Any]) -> timedelta | None:
+        """Read `ttl`, in seconds or as a duration."""
+        ttl = table.get("ttl")
+        if not ttl:
+            return None
+        if isinstance(ttl, str) and re.fullmatch(r"[0-9]{1,9}", ttl):
+            ttl = int(ttl)
+        try:
+            found = seconds(ttl) or read_duration(ttl)
+        except ValueError:
+            raise self._place.invalid(
+                self._path, "ttl cannot be read", "seconds, or such as 12h"
+            ) from None
+        return found
+
+    def _leased(self) -> Credential:
+        """Have a key made, with a lease. What cannot be used is given back at once."""
+        assert self._profile is not None
+        parameters = self._profile.source["parameters"]
+        reply = self._place.login.ask(
+            (lambda client: client.read(self._path))
+            if parameters is None
+            else (lambda client: client.write_data(self._path, data=parameters)),
+            self._path,
+            "read" if parameters is None else "update",
+            makes=True,
+            leases=True,
+        )
+        if reply.status != 200:
+            raise self._place.nothing(self._path, reply)
+        lease_id = _lease_id(reply)
+        if lease_id is None:
+            raise self._place.invalid(
+                self._path, "is no lease: what is there is kept", 'set engine = "kv"'
+            )
+        try:
+            return self._granted(lease_id, reply)
+        except SourceInvalid as error:
+            self._undo(lease_id, error)
+            raise
+
+    def _granted(self, lease_id: str, reply: Reply) -> Credential:
+        assert self._profile is not None
+        data = part(reply, "data")
+        secret = self._place.secret(self._path, self._field, data)
+        life = seconds(reply.value.get("lease_duration"))
+        if life is None:
+            raise self._place.invalid(self._path, "made a lease without an end")
+        if life > LONGEST_UNASKED and not self._profile.source["allow_orphans"]:
+            raise self._place.invalid(
+                self._path,
+                "makes leases of more than 24h; one whose answer is lost would live so long",
+                "give the role a default_ttl of at most 24h, or set allow_orphans = true",
+            )
+        session = self._place.login.used
+        ends = [reply.asked_at + life]
+        if session.expires_at is not None:
+            ends.append(session.expires_at)
+        if (unix := seconds(data.get("expiration"))) is not None:
+            ends.append(datetime.fromtimestamp(unix.total_seconds(), UTC) - reply.skew)
+        lease = Lease(
+            lease_id,
+            "vault",
+            reply.asked_at,
+            min(ends),
+            renewable=reply.value.get("renewable") is True,
+            revocable=True,
+            session=token_of(session),
+            session_ends=session.expires_at,
+        )
+        return Credential(secret, lease)
+
+    def _rotated(self) -> Credential:
+        """Read a static role. Its `ttl` counts down to 0, and stays there until it is its turn."""
+        reply = self._place.read(self._path)
+        if reply.status != 200:
+            raise self._place.nothing(self._path, reply)
+        data = part(reply, "data")
+        secret = self._place.secret(self._path, self._field, data)
+        now = reply.asked_at
+        written = self._time(data, "last_vault_rotation")
+        ttl, period = seconds(data.get("ttl")), seconds(data.get("rotation_period"))
+        if ttl is not None:
+            again = now + ttl + timedelta(seconds=1)
+        elif written is not None and period is not None:
+            again = now + max(SOONEST_REREAD, (now - (written - reply.skew + period)) / 2)
+        else:
+            again = now + SOONEST_REREAD
+        lease = Lease(secret.fingerprint, "vault", now, written_at=written, reread_at=again)
+        return Credential(secret, lease)
+
+    def _undo(self, lease_id: str, error: SourceError | None = None) -> None:
+        """Give back a lease that is of no use; where that fails, it may be alive."""
+        self._place.server.begin()
+        try:
+            self._place.revoke(lease_id)
+        except SourceError:
+            if error is not None:
+                error.unknown = error.over = True
+
+
+def read_reference(
+    reference: Reference,
+    vault: Table,
+    environment: Mapping[str, str],
+    held: Held,
+    seconds: float = 8.0,
+) -> Secret:
+    """
+    Read the secret that `path#field` names.
+
+    Raises:
+        SourceError: Vault could not be asked, forbids it, or has no such secret.
+        ConfigError: What a login needs is not there.
+    """
+    path, _, field = str(reference.value).partition("#")
+    place = Place(vault, environment, held, seconds)
+    try:
+        return place.secret(path, field, place.table(path, place.read(path)))
+    finally:
+        place.server.close()
+
+
+def is_versioned(data: Mapping[str, Any]) -> bool:
+    """Tell an answer of KV 2 from a secret of KV 1."""
+    return isinstance(data.get("metadata"), dict) and "data" in data
+
+
+def _lease_id(reply: Reply) -> str | None:
+    found = reply.value.get("lease_id") if isinstance(reply.value, dict) else None
+    return found if isinstance(found, str) and found else None
+
+
+def _end_of_version(meta: Mapping[str, Any]) -> tuple[str, str]:
+    """Say what became of a version whose data are gone."""
+    version = meta.get("version")
+    which = f"version {version}" if isinstance(version, int) else "its version"
+    if meta.get("destroyed") is True:
+        return f"{which} was destroyed", "write a new version"
+    try:
+        when = f" on {_day(read_time(meta.get('deletion_time')))}"
+    except (ValueError, TypeError):
+        when = ""
+    return f"{which} was deleted{when}", "write a new version, or undelete it"
+
+
+def _why_nothing(path: str, reply: Reply) -> tuple[str, str]:
+    """Say why there is nothing at a path, and what to type."""
+    text = said(reply)
+    if WRONG_KIND in text:
+        mount, _, rest = path.partition("/")
+        return "is a path of KV 1, and what is mounted there is KV 2", f"path = {mount}/data/{rest}"
+    if "namespace not found" in text:
+        return "there is no such namespace", "see namespace"
+    if "no handler for route" in text or "unsupported path" in text:
+        return "nothing is mounted there", "see path; bao secrets list shows what there is"
+    if "unknown role" in text or "failed to find entry for connection" in text:
+        return "has no such role, or no connection for it", "see path, and the engine's roles"
+    if "could not find role" in text or reply.status == 404:
+        return "there is nothing at this path", "see path, and version where one is given"
+    if reply.status == 405:
+        return "cannot be read so (405)", "see path, engine and parameters"
+    return f"will not be read ({reply.status})", "try it by hand: bao read …"
+
+
+def _day(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%d %H:%M}Z"
