@@ -15,7 +15,16 @@ from typing import Any, Protocol
 from keybroker import rotation
 from keybroker.clock import DISAGREEMENT, Clock, Instant, Reading, by_boot, earlier, judge
 from keybroker.config import Profile
-from keybroker.credential import Credential, Issuer, Lease, Look, Secret, Session, Verdict
+from keybroker.credential import (
+    Credential,
+    Issuer,
+    Lease,
+    Look,
+    Secret,
+    Session,
+    Verdict,
+    sha256,
+)
 from keybroker.errors import (
     CLASSES,
     JournalError,
@@ -476,7 +485,7 @@ class Broker:
         at_work.asked = at_work.asked and self.credential(at_work.name) is None
         due = min(filter(None, (step.until, self._late_at(at_work))), default=None)
         if due is not None:
-            due = _rounded(due, at_work)
+            due = _rounded(due, at_work, self._instance)
             at_work.due = due
             heapq.heappush(self._heap, (due, at_work.name))
 
@@ -924,8 +933,12 @@ def _in_words(length: timedelta) -> str:
     return f"{seconds} s" if seconds <= 120 else f"{math.ceil(seconds / 60)} min"
 
 
-def _rounded(due: datetime, at_work: _Profile) -> datetime:
-    """Put what is due together, a little later: many profiles, one wake-up."""
+def _rounded(due: datetime, at_work: _Profile, instance: str) -> datetime:
+    """
+    Put what is due together, a little later: many profiles, one wake-up.
+
+    Each installation reads what others keep at seconds of its own: many hosts, no rush.
+    """
     slots, policy = at_work.slots, at_work.policy
     if policy.hold < ROUNDED:
         return due
@@ -935,7 +948,8 @@ def _rounded(due: datetime, at_work: _Profile) -> datetime:
     calm = good and slots.failures == 0 and slots.next is None and not slots.rotate
     if policy.kind is Kind.FOLLOWED and calm:
         seconds = max(1, min(60, int(policy.poll.total_seconds() / 10)))
-    stamp = -(-due.timestamp() // seconds) * seconds
+    own = int(sha256(instance.encode())[:8], 16) % seconds
+    stamp = -(-(due.timestamp() - own) // seconds) * seconds + own
     return datetime.fromtimestamp(stamp, UTC)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from keybroker import worker
-from keybroker.broker import Broker
+from keybroker.broker import Broker, _rounded
 from keybroker.config import Profile, read_profile
 from keybroker.credential import Credential, Issuer, Lease, Look, Phase, Secret, Verdict
 from keybroker.document import Where
@@ -30,7 +30,7 @@ from keybroker.rotation import Kind, phase
 from keybroker.slots import Event, Slots, Trouble, replay
 from keybroker.sources import Capabilities
 from keybroker.values import replace
-from tests.world import STATE, WRAP_KEY, Gateway, GatewaySource, InProcess, MemoryDisk, Time
+from tests.world import START, STATE, WRAP_KEY, Gateway, GatewaySource, InProcess, MemoryDisk, Time
 from tests.world import profile as minting
 
 MINUTE, HOUR = 60.0, 3600.0
@@ -58,6 +58,8 @@ class Owner:
     """Somebody else, who keeps a key and changes it at will."""
 
     value: str = "sk-first"
+    written: float | None = None  # seconds after START
+    reread: float | None = None  # seconds from now until it is worth reading again
     problem: KeybrokerError | None = None
     looks: dict[str, Look] = field(default_factory=dict)  # by value; alive where nothing is said
     reads: int = 0
@@ -76,8 +78,16 @@ class OwnerSource:
         self._owner.reads += 1
         if self._owner.problem is not None:
             raise self._owner.problem
-        secret = Secret(self._owner.value)
-        return Credential(secret, Lease(secret.fingerprint, "static", self._time.read().wall))
+        secret, now = Secret(self._owner.value), self._time.read().wall
+        written, reread = self._owner.written, self._owner.reread
+        lease = Lease(
+            secret.fingerprint,
+            "static",
+            now,
+            written_at=None if written is None else START + timedelta(seconds=written),
+            reread_at=None if reread is None else now + timedelta(seconds=reread),
+        )
+        return Credential(secret, lease)
 
     def verify(self, secret: Secret) -> Verdict:
         self._owner.verified.append(secret.reveal())
@@ -763,6 +773,72 @@ def test_rotate_reads_a_followed_key_at_once(host: Host) -> None:
     host.owner.value = "sk-second"
     host.broker.hurry("work")
     assert host.ask() == "sk-second"
+
+
+def test_an_older_version_changes_nothing(host: Host) -> None:
+    """A standby that is behind answers with the key of before: it is not gone back to."""
+    host.owner.value, host.owner.written = "sk-second", 20.0
+    host.start(following())
+    assert host.ask() == "sk-second"
+    host.owner.value, host.owner.written = "sk-first", 10.0
+    host.run(HOUR)
+    assert host.ask() == "sk-second"
+    assert host.owner.verified == ["sk-second"]
+    assert host.broker.slots("work").trouble is None  # nothing is wrong, for now
+    host.start(following())
+    host.run(HOUR)
+    assert host.ask() == "sk-second"
+
+
+def test_an_older_version_is_no_answer_to_somebody_who_wants_a_new_one(host: Host) -> None:
+    """It is said who is behind, and asked again, but not in a hurry."""
+    host.owner.value, host.owner.written = "sk-second", 20.0
+    host.start(following())
+    host.ask()
+    host.owner.value, host.owner.written = "sk-first", 10.0
+    host.broker.hurry("work")
+    host.run(5 * MINUTE)
+    assert host.owner.reads <= 20
+    assert host.broker.slots("work").trouble is not None
+    assert "an older version" in host.broker.slots("work").trouble.message
+    host.owner.value, host.owner.written = "sk-third", 30.0
+    host.run(6 * MINUTE)
+    assert host.ask() == "sk-third"
+    assert host.broker.slots("work").trouble is None
+
+
+def test_a_secret_that_was_made_anew_is_taken_though_its_count_begins_again(host: Host) -> None:
+    """What counts is when it was written."""
+    host.owner.value, host.owner.written = "sk-second", 20.0
+    host.start(following())
+    host.ask()
+    host.owner.value, host.owner.written = "sk-first", 30.0
+    host.run(6 * MINUTE)
+    assert host.ask() == "sk-first"
+
+
+def test_a_keeper_s_advice_is_followed_but_never_in_a_rush(host: Host) -> None:
+    """It says when the next version will be there: read then, not five minutes later."""
+    host.owner.reread = 60.0
+    host.start(following())
+    host.ask()
+    host.run(HOUR)
+    assert 50 <= host.owner.reads <= 61
+    host.owner.reread = 0.0  # a count that has come to its end, and stays there
+    before = host.owner.reads
+    host.run(HOUR)
+    assert host.owner.reads - before <= HOUR / 5 + 1
+
+
+def test_hosts_do_not_read_in_the_same_second(host: Host) -> None:
+    """Each installation has seconds of its own."""
+    host.start(following())
+    host.ask()
+    at_work = host.broker._profiles["work"]
+    due = START + timedelta(minutes=7)
+    moments = {_rounded(due, at_work, f"{number:08x}") for number in range(64)}
+    assert len(moments) > 16
+    assert all(timedelta() <= moment - due < timedelta(seconds=30) for moment in moments)
 
 
 def test_a_followed_key_is_read_only_where_somebody_asked(host: Host) -> None:
