@@ -54,11 +54,11 @@ class Place:
     def invalid(self, path: str, words: str, hint: str | None = None) -> SourceInvalid:
         return SourceInvalid(f"{self.who}: {path}: {words}"[:200], hint=hint)
 
-    def nothing(self, path: str, reply: Reply) -> SourceInvalid:
+    def nothing(self, path: str, reply: Reply, version: int | None = None) -> SourceInvalid:
         """Return the error for an answer that is no data."""
-        return self.invalid(path, *_why_nothing(path, reply))
+        return self.invalid(path, *_why_nothing(path, reply, version))
 
-    def table(self, path: str, reply: Reply) -> Mapping[str, Any]:
+    def table(self, path: str, reply: Reply, version: int | None = None) -> Mapping[str, Any]:
         """
         Return the data of a secret of either kind of KV.
 
@@ -72,7 +72,7 @@ class Place:
                 raise self.invalid(path, *_end_of_version(meta))
             return inner if isinstance(inner, dict) else {}
         if reply.status != 200:
-            raise self.nothing(path, reply)
+            raise self.nothing(path, reply, version)
         return data
 
     def secret(self, path: str, field: str, data: Mapping[str, Any]) -> Secret:
@@ -207,13 +207,14 @@ class Vault(Followed):
     def _kept(self) -> Credential:
         """Read a secret of KV; its version, or its fingerprint, is its lease's name."""
         assert self._profile is not None
-        reply = self._place.read(self._path, self._profile.source["version"])
+        pinned = self._profile.source["version"]
+        reply = self._place.read(self._path, pinned)
         if lease_id := _lease_id(reply):
             self._undo(lease_id)
             raise self._place.invalid(
                 self._path, "is made anew for each reader", 'set engine = "dynamic"'
             )
-        data = self._place.table(self._path, reply)
+        data = self._place.table(self._path, reply, pinned)
         secret = self._place.secret(self._path, self._field, data)
         answer = part(reply, "data")
         if is_versioned(answer):
@@ -405,7 +406,7 @@ def _end_of_version(meta: Mapping[str, Any]) -> tuple[str, str]:
     return f"{which} was deleted{when}", "write a new version, or undelete it"
 
 
-def _why_nothing(path: str, reply: Reply) -> tuple[str, str]:
+def _why_nothing(path: str, reply: Reply, version: int | None) -> tuple[str, str]:
     """Say why there is nothing at a path, and what to type."""
     text = said(reply)
     if WRONG_KIND in text:
@@ -417,8 +418,10 @@ def _why_nothing(path: str, reply: Reply) -> tuple[str, str]:
         return "nothing is mounted there", "see path; bao secrets list shows what there is"
     if "unknown role" in text or "failed to find entry for connection" in text:
         return "has no such role, or no connection for it", "see path, and the engine's roles"
-    if "could not find role" in text or reply.status == 404:
-        return "there is nothing at this path", "see path, and version where one is given"
+    if reply.status == 404 and version is not None:
+        return f"there is no version {version}", "see version; or leave it out, for the newest"
+    if reply.status == 404:
+        return "there is nothing at this path", "see path"
     if reply.status == 405:
         return "cannot be read so (405)", "see path, engine and parameters"
     return f"will not be read ({reply.status})", "try it by hand: bao read …"
