@@ -27,7 +27,7 @@ bench: .venv/installed
 .venv/created:
 	.ci/venv
 
-.venv/installed: pyproject.toml .venv/created
+.venv/installed: pyproject.toml native/build.py native/key.c .venv/created
 	.ci/quietly .venv/bin/python -m pip install --editable .
 	touch $@
 
