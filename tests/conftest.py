@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from native.build import compile_helper
 from tests.resident import Home as Home
 from tests.resident import Resident, fresh_home
 from tests.servers import claude
@@ -31,6 +33,14 @@ def resident(home: Home) -> Iterator[Resident]:
     one = Resident(home)
     yield one
     one.stop()
+
+
+@pytest.fixture(scope="session")
+def native_helper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The helper in C, compiled as for a wheel."""
+    program = compile_helper(tmp_path_factory.mktemp("native"))
+    assert program is not None, "no C compiler; type: apt-get install gcc libc6-dev"
+    return program
 
 
 @pytest.fixture(scope="session")

@@ -108,6 +108,11 @@ class ScriptedServer:
                 return
         raise AssertionError("the queue has no end")
 
+    def serve(self, *steps: Step) -> None:
+        """Let in who is in the queue, and whoever comes, after all; do these steps with each."""
+        self._steps = steps
+        self._start(self._serve)
+
     def accept(self) -> None:
         """Let in the first of those who are in the queue, and send it away."""
         self._listener.accept()[0].close()
