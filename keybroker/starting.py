@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from keybroker import listening, paths
+from keybroker import listening, paths, vault
 from keybroker.errors import NobodyAnswers
 from keybroker.pool import PASSED_ON
 
@@ -16,8 +16,8 @@ LARGEST_LOG = 1 << 20
 START_SECONDS = 5.0
 # `-S`: site packages are of no use to it, and what they run at every start costs memory for good.
 _BOOT = "import sys; sys.path.append(sys.argv.pop(1)); from keybroker.listening import main; main()"
-# Beside what a worker may have: where files are, and what a service manager says.
-_OURS = ("KEYBROKER_CONFIG", "XDG_CONFIG_HOME", "XDG_STATE_HOME")
+# Beside what a worker may have: where files are, and what a [vault] table leaves out.
+_OURS = ("KEYBROKER_CONFIG", "XDG_CONFIG_HOME", "XDG_STATE_HOME", *vault.VARIABLES)
 
 
 def command(state: Path, socket: Path, form: str) -> list[str]:

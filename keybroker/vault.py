@@ -157,7 +157,7 @@ def read_vault(raw: Mapping[str, Any], path: tuple[str, ...], where: Where) -> V
     mine = {name: value for name, value in raw.items() if name in (*PLACE, "auth")}
     values = read_table_of({k: v for k, v in mine.items() if k != "auth"}, PLACE, path, where)
     if values["address"] is None:
-        problem = "has no address of a Vault: set address, or the variable VAULT_ADDR"
+        problem = "has no address of a Vault: set address in [vault], or the variable VAULT_ADDR"
         raise where.error(path, problem)
     auth = mine.get("auth")
     if not isinstance(auth, dict):

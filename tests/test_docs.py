@@ -25,6 +25,7 @@ from keybroker.document import Where
 from keybroker.errors import CLASSES
 from keybroker.fields import Field, show_duration
 from keybroker.pool import PASSED_ON
+from keybroker.vault import AUTH, PLACE
 from tests.resident import Resident
 
 ROOT = Path(__file__).parent.parent
@@ -87,7 +88,14 @@ HEADINGS: dict[str, Mapping[str, Field]] = {
     "Top level": GENERAL,
     "`[cache]`": CACHE,
     "`[profiles.<name>]`": PROFILE,
-    **{f'`[profiles.<name>.source]` with `type = "{kind}"`': SOURCES[kind] for kind in SOURCES},
+    **{
+        f'`[profiles.<name>.source]` with `type = "{kind}"`': {
+            name: one for name, one in fields.items() if name not in PLACE or kind != "vault"
+        }
+        for kind, fields in SOURCES.items()
+    },
+    "`[vault]`": PLACE,
+    **{f'`[vault.auth]` with `method = "{method}"`': one for method, one in AUTH.items() if one},
 }
 IN_WORDS = {  # defaults that depend on something else
     "hold": "the longer of `15m` and 3 x `helper_ttl` + `10m`",

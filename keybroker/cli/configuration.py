@@ -13,6 +13,7 @@ from keybroker.cli.work import configuration
 from keybroker.config import Profile, schema
 from keybroker.credential import Reference
 from keybroker.fields import show_duration
+from keybroker.vault import PLACE, Vault
 
 
 @click.group("config")
@@ -63,23 +64,33 @@ def show(profile: str | None, as_json: bool) -> None:
         "cache": {"key": config.cache_key},
         "profiles": {one.name: _plain(one) for one in chosen},
     }
+    for one in chosen:
+        if one.vault is not None and one.type != "vault":  # for its references
+            place = {name: getattr(one.vault, name) for name in PLACE}
+            document["vault"] = {**_values(place), "auth": _auth(one.vault)}
     if as_json:
         print_json(document)
         return
     if config.default:
         print(f"default = {_toml(config.default)}\n")
     print(f"[cache]\nkey = {_toml(config.cache_key)}")
+    if "vault" in document:
+        _print_tables("vault", document["vault"])
     for name, values in document["profiles"].items():
-        source = values.pop("source")
-        _print_table(f"profiles.{name}", values)
-        _print_table(f"profiles.{name}.source", source)
+        _print_tables(f"profiles.{name}", values)
 
 
 def _plain(profile: Profile) -> dict[str, Any]:
-    skipped = ("name", "raw", "type", "source")
+    skipped = ("name", "raw", "type", "source", "vault")
     values = {k: getattr(profile, k) for k in profile.__slots__ if k not in skipped}
-    source = {"type": profile.type, **profile.source}
-    return {**_values(values), "source": _values(source)}
+    source = _values({"type": profile.type, **profile.source})
+    if profile.type == "vault" and profile.vault is not None:
+        source["auth"] = _auth(profile.vault)
+    return {**_values(values), "source": source}
+
+
+def _auth(vault: Vault) -> dict[str, Any]:
+    return _values({"method": vault.method, **vault.auth})
 
 
 def _values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,10 +108,15 @@ def _value(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
-def _print_table(name: str, values: Mapping[str, Any]) -> None:
+def _print_tables(name: str, values: Mapping[str, Any]) -> None:
+    """Print a table, and below it those of its parts that have a heading of their own."""
+    below = {key: value for key, value in values.items() if key in ("source", "auth")}
     print(f"\n[{name}]")
     for key, value in values.items():
-        print(f"{key} = {_toml(value)}")
+        if key not in below:
+            print(f"{key} = {_toml(value)}")
+    for key, value in below.items():
+        _print_tables(f"{name}.{key}", value)
 
 
 def _toml(value: Any) -> str:
