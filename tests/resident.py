@@ -67,6 +67,9 @@ class Resident:
     Args:
         home: Where everything of theirs is.
         variables: Of the daemon's environment, beside those of the home.
+
+    Attributes:
+        native: The helper in C, to ask by that one.
     """
 
     def __init__(self, home: Home, **variables: str) -> None:
@@ -78,6 +81,7 @@ class Resident:
         self.socket = paths.socket_path(self.environment)
         self.log = self.state / starting.LOG
         self.process: subprocess.Popen[bytes] | None = None
+        self.native: Path | None = None
 
     def configure(self, text: str) -> None:
         """Write the configuration file; a key file seals the cache."""
@@ -160,7 +164,7 @@ class Resident:
     def helper(self, profile: str = "work", **variables: str) -> tuple[int, str, str]:
         """Run the helper as the settings line does; return its status, stdout and stderr."""
         done = subprocess.run(
-            [sys.executable, "-IS", str(HELPER), "-", profile],
+            self.helper_command(profile),
             env={**self.environment, **variables},
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -168,6 +172,12 @@ class Resident:
             timeout=30,
         )
         return done.returncode, done.stdout, done.stderr
+
+    def helper_command(self, profile: str = "work") -> list[str]:
+        """Return what the settings line runs: the helper in Python, or the native one if set."""
+        if self.native is not None:
+            return [str(self.native), "-", profile, sys.executable]
+        return [sys.executable, "-IS", str(HELPER), "-", profile]
 
     def cli(self, *arguments: str) -> tuple[int, str, str]:
         """Run a command; return its status, stdout and stderr."""

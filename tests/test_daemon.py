@@ -17,12 +17,13 @@ import pytest
 
 from keybroker import client, wire
 from keybroker.audit import Audit
+from keybroker.cli.status import helper_line
 from keybroker.devgateway import DevGateway
 from keybroker.errors import ConfigError, NotReady
 from keybroker.journal import Journal
 from keybroker.slots import replay
 from tests.patched import daemon_with
-from tests.resident import HELPER, Home, Resident, until
+from tests.resident import Home, Resident, until
 from tests.servers.faults import Faults, Status
 from tests.servers.keyring import Keyring
 
@@ -81,9 +82,16 @@ def mine(resident: Resident) -> dict[str, str]:
     return {"directory": str(folder)}
 
 
+@pytest.fixture(params=["python", "native"])
+def either(request: pytest.FixtureRequest, resident: Resident, native_helper: Path) -> None:
+    """Do a test with the helper in Python, and with the one in C."""
+    resident.native = native_helper if request.param == "native" else None
+
+
 # answering
 
 
+@pytest.mark.usefixtures("either")
 def test_a_key_is_ready_before_it_is_asked_for(running: Resident, gateway: DevGateway) -> None:
     """It is minted at the start; every way to ask gives the same one."""
     until(lambda: running.row()["fingerprint"])
@@ -232,7 +240,7 @@ def test_status_is_the_daemons(running: Resident) -> None:
     assert running.process is not None
     assert stdout.startswith(f"daemon 0.1.0, process {running.process.pid}, up ")
     assert "lid closed   for 8h: yes, the key lives until" in stdout
-    assert f"-IS '{HELPER}' - 'work'" in stdout
+    assert f'"apiKeyHelper": {json.dumps(helper_line("work"))}' in stdout
     assert "for 13h: no, the key ends at" in running.cli("status", "--lid", "13h")[1]
 
 
@@ -298,6 +306,7 @@ def test_a_socket_that_is_gone_is_made_again(running: Resident) -> None:
     until(running.listens)
 
 
+@pytest.mark.usefixtures("either")
 def test_the_helper_starts_one(resident: Resident, gateway: DevGateway) -> None:
     """Nobody listens: the slow path does it."""
     resident.environment["ADMIN"] = gateway.master_key
@@ -307,14 +316,14 @@ def test_the_helper_starts_one(resident: Resident, gateway: DevGateway) -> None:
     assert resident.key() == stdout.strip()
 
 
+@pytest.mark.usefixtures("either")
 def test_ten_helpers_start_one_daemon(resident: Resident, gateway: DevGateway) -> None:
     """All get the one key that was minted."""
     resident.environment["ADMIN"] = gateway.master_key
     resident.configure(profile(gateway))
-    command = [sys.executable, "-IS", str(HELPER), "-", "work"]
     helpers = [
         subprocess.Popen(
-            command,
+            resident.helper_command(),
             env=resident.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -337,6 +346,7 @@ def test_no_start_starts_none(resident: Resident, gateway: DevGateway) -> None:
     assert resident.owner() is None
 
 
+@pytest.mark.usefixtures("either")
 def test_a_daemon_that_hangs_costs_no_key(running: Resident) -> None:
     """Stopped in the middle: the sealed key is printed all the same, within seconds."""
     key = running.key()
@@ -394,6 +404,7 @@ def test_a_daemon_that_hangs_is_ended_all_the_same(running: Resident) -> None:
     assert running.cli("get")[1] == f"{key}\n"
 
 
+@pytest.mark.usefixtures("either")
 def test_another_configuration_is_not_answered_with_this_ones_key(
     running: Resident, gateway: DevGateway
 ) -> None:
@@ -414,7 +425,7 @@ def test_another_configuration_is_not_answered_with_this_ones_key(
     assert (status, stdout[:3]) == (0, "sk-")
     assert running.helper("other") == (0, stdout, "")
     settings = running.cli("status")[1]
-    assert f"-IS '{HELPER}' {running.socket} 'other'" in settings
+    assert f" '{running.socket}' 'other'" in settings
 
 
 def test_a_socket_of_another_state_directory_is_not_taken(

@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from keybroker.cli.base import coloured
+from keybroker.cli.status import helper_command
 from keybroker.errors import KeybrokerError
 
 SECONDS = 16.0
@@ -79,7 +80,7 @@ class _Stage:
 
     def helper(self) -> str:
         """Ask for the key as Claude Code does; the first time, this starts the daemon."""
-        return self._output(sys.executable, "-IS", str(HELPER), "-", "demo").strip()
+        return self._output(*helper_command("-", "demo")).strip()
 
     def _output(self, *command: str) -> str:
         done = subprocess.run(
@@ -161,7 +162,6 @@ class _Stage:
             print(f"{moment:5.1f} s  {name}  {words[event]}", flush=True)
 
 
-HELPER = Path(__file__).parent.parent / "helper.py"
 COMMAND = (sys.executable, "-I", "-c", "from keybroker.cli import main; main()")
 
 
@@ -197,7 +197,7 @@ def _keep(stage: _Stage) -> None:
     variables = " ".join(
         f"{k}={shlex.quote(v)}" for k, v in stage.environment.items() if k != "PATH"
     )
-    helper = shlex.join([sys.executable, "-IS", str(HELPER), "-", "demo"])
+    helper = shlex.join(helper_command("-", "demo"))
     settings = {
         "apiKeyHelper": f"exec env {variables} {helper}",
         "env": {

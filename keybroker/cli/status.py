@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import sys
+import sysconfig
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ COLOURS = {
 
 
 LID = timedelta(hours=8)
+NATIVE = "keybroker-key"  # the helper in C, which native/build.py has installed or not
 
 
 @click.command("status")
@@ -171,16 +173,28 @@ def helper_line(profile: str) -> str:
     `exec`, so that the shell that runs it is gone and the client is the helper's parent; `-`, so
     that the line is the same on every machine that has keybroker in the same place.
     """
-    place = os.path.join(os.path.dirname(os.path.dirname(__file__)), "helper.py")
-    quoted = (
-        f"'{word}'" if "'" not in word else shlex.quote(word)
-        for word in (sys.executable, place, profile)
-    )
-    python, helper, name = quoted
     socket = "-"
     if "KEYBROKER_CONFIG" in os.environ:  # its daemon is asked, whatever the client's has
-        socket = shlex.quote(str(paths.socket_path(os.environ)))
-    return f"exec {python} -IS {helper} {socket} {name}"
+        socket = str(paths.socket_path(os.environ))
+    words = (
+        word if word[0] == "-" else f"'{word}'" if "'" not in word else shlex.quote(word)
+        for word in helper_command(socket, profile)
+    )
+    return f"exec {' '.join(words)}"
+
+
+def helper_command(socket: str, profile: str) -> list[str]:
+    """
+    Return the helper with its arguments: the native one if this installation has it.
+
+    Args:
+        socket: Where to ask; -: the usual place.
+    """
+    native = os.path.join(sysconfig.get_path("scripts"), NATIVE)
+    if os.path.isfile(native) and os.access(native, os.X_OK):
+        return [native, socket, profile, sys.executable]
+    place = os.path.join(os.path.dirname(os.path.dirname(__file__)), "helper.py")
+    return [sys.executable, "-IS", place, socket, profile]
 
 
 def _last_failures(where: Path) -> dict[str, dict[str, Any]]:
