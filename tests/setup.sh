@@ -16,6 +16,7 @@ missing_packages() {
     have strace || echo strace
     have faketime || echo faketime
     { echo '#include <stdio.h>' | cc -E -; } >/dev/null 2>&1 || echo gcc libc6-dev
+    have musl-gcc || echo musl-tools
 }
 
 missing=$(missing_packages | tr '\n' ' ')
