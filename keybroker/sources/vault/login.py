@@ -116,7 +116,7 @@ class Login:
             return self._of_agent() if leases else Session(self._vault.session)
         session, now = self._held.get(self._vault.session), datetime.now(UTC)
         if not is_alive(session, now) or self._is_replaced(session):
-            return self._enter(session)
+            session = self._enter(session)
         if is_due(session, now) and not (self._rests(session) and session.failures):
             session = self._renew(session)
             if session.secret is None:
