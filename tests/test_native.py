@@ -100,21 +100,15 @@ def test_a_wheel_has_it_and_it_is_installed_beside_the_command(tmp_path: Path) -
     file = wheel(tmp_path / "wheel")
     assert re.fullmatch(r"keybroker-[\d.]+-py3-none-linux_\w+\.whl", file.name)
 
-    prefix = tmp_path / "prefix"
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--no-deps",
-        "--no-index",
-        "--prefix",
-        prefix,
-    ]
-    subprocess.run([*install, "--quiet", file], check=True, timeout=120)
-    scripts = Path(sysconfig.get_path("scripts", vars={"base": str(prefix)}))
-    assert sorted(one.name for one in scripts.iterdir()) == ["keybroker", NAME]
-    assert subprocess.run([scripts / NAME], capture_output=True).returncode == 2
+    fresh = tmp_path / "fresh"
+    python = fresh / "bin" / "python"
+    for command in (
+        [sys.executable, "-m", "venv", "--without-pip", fresh],
+        [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "-q", file],
+    ):
+        subprocess.run(command, check=True, timeout=120)
+    assert (fresh / "bin" / "keybroker").is_file()
+    assert subprocess.run([fresh / "bin" / NAME], capture_output=True).returncode == 2
 
 
 def test_without_a_compiler_a_wheel_is_for_every_machine(tmp_path: Path) -> None:
