@@ -27,6 +27,7 @@ from keybroker.vault import read_text
 
 LONGEST_UNASKED = timedelta(hours=24)  # a lease whose answer was lost lives that long
 ENDED_FOR = timedelta(minutes=1)  # a lease that is over, by a server whose clock is behind
+LAST_SECOND = 253_402_300_800  # of the year 9999
 SOONEST_REREAD = timedelta(seconds=5)
 PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,19}")  # no key looks like it
 WRONG_KIND = "invalid path for a versioned k/v"
@@ -318,8 +319,9 @@ class Vault(Followed):
         ends = [reply.asked_at + life]
         if session.expires_at is not None:
             ends.append(session.expires_at)
-        if (unix := seconds(data.get("expiration"))) is not None:
-            ends.append(datetime.fromtimestamp(unix.total_seconds(), UTC) - reply.skew)
+        unix = data.get("expiration")
+        if isinstance(unix, int) and 0 < unix < LAST_SECOND:
+            ends.append(datetime.fromtimestamp(unix, UTC) - reply.skew)
         lease = Lease(
             lease_id,
             "vault",
