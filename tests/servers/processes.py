@@ -100,15 +100,29 @@ class Child:
         """The end of what it printed."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
+    def pause(self) -> None:
+        """Let it hang: it keeps its connections and takes new ones, and says nothing."""
+        self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # all its threads
+
+    def resume(self) -> None:
+        """End a pause."""
+        self._process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """End its group at once, as a crash does. Killing twice is fine."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+
     def stop(self, seconds: float = 10) -> None:
         """Ask it to end, then end what is left of its group. Stopping twice is fine."""
         if self.alive():
             self._process.send_signal(self._ask)
+            self.resume()  # or it would not hear of it
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
-        self._process.wait()
+        self.kill()
 
     def __enter__(self) -> Self:
         return self
