@@ -15,6 +15,8 @@ missing_packages() {
     { have dbus-daemon && have dbus-send; } || echo dbus
     have strace || echo strace
     have faketime || echo faketime
+    { have slapd || [ -x /usr/sbin/slapd ]; } || echo slapd
+    have ldapwhoami || echo ldap-utils
     { echo '#include <stdio.h>' | cc -E -; } >/dev/null 2>&1 || echo gcc libc6-dev
     have musl-gcc || echo musl-tools
 }
@@ -38,6 +40,8 @@ if [ -n "$missing" ]; then
     # postgresql package tries to start, and which the tests do not use.
     {
         $root apt-get update
+        # a server of the system's own is not wanted
+        echo slapd slapd/no_configuration boolean true | $root debconf-set-selections
         # shellcheck disable=SC2086 # a list of words
         $root env DEBIAN_FRONTEND=noninteractive \
             apt-get install -y --no-install-recommends $missing

