@@ -48,11 +48,12 @@ def owned_folder(folder: Path) -> Path:
     return folder
 
 
-def create(parent: Path) -> Path:
-    """Make a new, empty cluster; returns its data folder."""
+def create(parent: Path, over_tcp: str = "trust") -> Path:
+    """Make a new, empty cluster; returns its data folder. `scram-sha-256` asks for passwords."""
     data = owned_folder(parent / "data")
-    flags = ["--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", "--no-sync"]
-    _as_owner([program("initdb"), "--pgdata", str(data), "--wal-segsize=1", *flags])
+    flags = ["--username=postgres", "--encoding=UTF8", "--locale=C", "--no-sync"]
+    flags += ["--auth-local=trust", f"--auth-host={over_tcp}", "--wal-segsize=1"]
+    _as_owner([program("initdb"), "--pgdata", str(data), *flags])
     return data
 
 
@@ -147,9 +148,22 @@ class Postgres:
             raise OSError(f"psql: {done.stderr.strip()}")
         return done.stdout
 
-    def _psql(self, sql: str, database: str) -> subprocess.CompletedProcess[str]:
-        flags = ["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1"]
-        where = ["-h", str(self._sockets), "-p", str(self.port), "-U", "postgres", "-d", database]
+    def logs_in(self, user: str, password: str) -> bool:
+        """Whether it takes a password over TCP, if it asks for one there."""
+        done = self._psql("select 1", "postgres", "127.0.0.1", user, password)
+        return not done.returncode
+
+    def _psql(
+        self,
+        sql: str,
+        database: str,
+        host: str | None = None,
+        user: str = "postgres",
+        password: str = "",
+    ) -> subprocess.CompletedProcess[str]:
+        flags = ["-X", "-q", "-A", "-t", "-w", "-v", "ON_ERROR_STOP=1"]
+        where = ["-h", host or str(self._sockets), "-p", str(self.port), "-U", user, "-d", database]
+        environment = {"PATH": os.environ["PATH"], "PGCONNECT_TIMEOUT": "5"}
         return subprocess.run(
             [program("psql"), *flags, *where],
             input=sql,
@@ -157,5 +171,5 @@ class Postgres:
             text=True,
             check=False,
             timeout=60,
-            env={"PATH": os.environ["PATH"], "PGCONNECT_TIMEOUT": "5"},
+            env={**environment, "PGPASSWORD": password} if password else environment,
         )
