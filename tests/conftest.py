@@ -12,8 +12,14 @@ from native.build import compile_helper
 from tests.resident import Home as Home
 from tests.resident import Resident, fresh_home
 from tests.servers import claude
+from tests.servers.cluster import Cluster
+from tests.servers.database import Database
 from tests.servers.keyring import Keyring
+from tests.servers.kubernetes import Kubernetes
+from tests.servers.ldap import Ldap
 from tests.servers.litellm import LiteLLM
+from tests.servers.oidc import Oidc
+from tests.servers.vault import WITH_LDAP, OpenBao
 
 # A busy machine is no failure, and what was tried before is not kept in the checkout.
 settings.register_profile("keybroker", deadline=None, database=None)
@@ -55,6 +61,62 @@ def keyring_session() -> Iterator[Keyring]:
     """An unlocked keyring for the whole session; a test that locks it starts its own."""
     with Keyring() as keyring:
         yield keyring
+
+
+@pytest.fixture(scope="session")
+def openbao() -> Iterator[OpenBao]:
+    """One OpenBao for the whole session; a test that seals or ends it starts its own."""
+    with OpenBao() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def openbao_tls() -> Iterator[OpenBao]:
+    """The same with TLS, for the whole session; its authority is nobody else's."""
+    with OpenBao(tls=True) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def openbao_with_ldap() -> Iterator[OpenBao]:
+    """An OpenBao of the last version that has LDAP, for the whole session."""
+    with OpenBao(WITH_LDAP) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Three servers for the whole session: they take ten seconds. What was ended, start again."""
+    with Cluster() as servers:
+        yield servers
+
+
+@pytest.fixture(scope="session")
+def database(openbao: OpenBao) -> Iterator[Database]:
+    """A database with an engine at `openbao`, for the whole session."""
+    with Database(openbao) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def ldap() -> Iterator[Ldap]:
+    """A directory for the whole session; what was stopped, start again."""
+    with Ldap() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def oidc() -> Iterator[Oidc]:
+    """An OpenID provider for the whole session; what was stopped, start again."""
+    with Oidc() as server:
+        yield server
+
+
+@pytest.fixture
+def kubernetes() -> Iterator[Kubernetes]:
+    """Whoever reviews service account tokens, for one test."""
+    with Kubernetes() as server:
+        yield server
 
 
 @pytest.fixture(params=claude.VERSIONS)
