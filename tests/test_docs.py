@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
@@ -18,7 +19,7 @@ import pytest
 
 from keybroker import client, daemon, guidance, paths, push, server, sessions, starting, wire
 from keybroker.cli.base import COMMANDS, keybroker
-from keybroker.cli.status import helper_line
+from keybroker.cli.status import NATIVE, helper_line
 from keybroker.config import CACHE, GENERAL, PROFILE, SOURCES, parse
 from keybroker.devgateway import DevGateway
 from keybroker.document import Where
@@ -234,18 +235,24 @@ def test_every_option_is_mentioned(command: str, option: str) -> None:
 # settings.json
 
 
-def test_the_readme_shows_the_line_that_status_prints() -> None:
-    """Word for word but for the places, which are another machine's."""
+def test_the_readme_shows_the_line_that_status_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Word for word but for the places, which are another machine's; of either helper."""
+    monkeypatch.setattr(sysconfig, "get_path", {"scripts": str(tmp_path)}.get)
     [settings] = [json.loads(text) for text in blocks(README.read_text(), "json")]
-    shown, printed = settings["apiKeyHelper"], helper_line("work")
-    words = re.compile(r"exec '/[^']*/bin/python3' -IS '/[^']*/keybroker/helper\.py' - 'work'")
+    shown, reference = settings["apiKeyHelper"], helper_line("work")
+    place = re.compile(r"'[^']*(/bin)/[^']*'|'[^']*(/keybroker/helper\.py)'")
+    [said] = re.findall(r"`(exec '…[^`]*)`", README.read_text())
+    assert place.sub(r"\1\2", reference) == place.sub(r"\1\2", said)
 
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setattr(sysconfig, "get_path", {"scripts": str(tmp_path / "bin")}.get)
+    (tmp_path / "bin" / NATIVE).touch(0o700)
+    printed = helper_line("work")
+    words = re.compile(r"exec '/[^']*/bin/keybroker-key' - 'work' '/[^']*/bin/python3?'")
     assert words.fullmatch(shown)
-    assert [word for word in shlex.split(printed) if "/" not in word] == [
-        word for word in shlex.split(shown) if "/" not in word
-    ]
-    assert shlex.split(printed)[3].endswith("/keybroker/helper.py")
-    assert re.sub(r"'/[^']*'", "", printed) == re.sub(r"'/[^']*'", "", shown)
+    assert words.fullmatch(printed)
     status = next(text for text in blocks(README.read_text(), "") if "to paste" in text)
     assert json.dumps(shown) in status
 
