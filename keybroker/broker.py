@@ -402,6 +402,13 @@ class Broker:
                 f"{name}: {len(slots.keys)} keys are unrevoked, the most allowed{left}{why}",
                 hint=f"wait, or end them all: keybroker revoke {name}",
             )
+        new = slots.next.verdict if slots.next is not None else None
+        if new is not None and new.look is Look.UNDECIDED:
+            return NotReady(
+                f"{name}: there is a new key, but the gateway did not say that it takes it "
+                f"({new.reason})",
+                hint=f"keybroker source test {name}",
+            )
         if slots.trouble is not None:
             kind = CLASSES.get(slots.trouble.code, NotReady)
             hint = slots.trouble.hint or f"keybroker source test {name}"
