@@ -19,40 +19,48 @@ ROUNDS = 200
 RIVAL_ROUNDS = 20
 AT_ONCE, AT_ONCE_ROUNDS = 1000, 5
 GOALS = {"bao": 9.0, "aws": 40.0}
+ALONE = {  # what is said of each, under which name, and the goal
+    "native": ("the native helper", "helper.native", 0.05),
+    "native.shell": ("the native helper through `sh -c`", "helper.native.shell", None),
+    "python": ("the helper in Python", "helper", 1.05),
+    "python.shell": ("the helper in Python through `sh -c`", "helper.shell", 1.15),
+}
 
 
 def measure(folder: Path, say: Callable[[str], None]) -> Iterator[Figure]:
-    """Take the figures of the helper."""
+    """Take the figures of the helpers."""
     home = furnish(folder / "helper")
+    if home.native is None:
+        say("the native helper is left out: it is not installed; touch native/key.c; make bench")
     with daemon(home):
-        if output(home.helper, home.environment) != home.key:
-            raise UnmeasurableError("the helper prints another key")
+        for helper in _helpers(home).values():
+            if output(helper, home.environment) != home.key:
+                raise UnmeasurableError("the helper prints another key")
         yield from _alone(home)
         yield from _against_rivals(home, folder, say)
         yield from _at_once(home, folder)
 
 
+def _helpers(home: Home) -> dict[str, tuple[str, ...]]:
+    """Return those that there are."""
+    return ({} if home.native is None else {"native": home.native}) | {"python": home.helper}
+
+
 def _alone(home: Home) -> Iterator[Figure]:
-    shell = ("sh", "-c", f"exec {shlex.join(home.helper)}")
-    rounds = interleaved(
-        {
-            "bare": lambda: seconds(BARE, home.environment),
-            "helper": lambda: seconds(home.helper, home.environment),
-            "shell": lambda: seconds(shell, home.environment),
-        },
-        ROUNDS,
-    )
-    bare = "a bare `python -IS -c pass`"
-    value = ratio(rounds, "helper", "bare")
-    yield Figure("helper", f"the helper, of {bare}", value, ROUNDS, at_most=1.05)
-    value = ratio(rounds, "shell", "bare")
-    yield Figure("helper.shell", f"the helper through `sh -c`, of {bare}", value, ROUNDS, 1.15)
+    calls = {"bare": _timed(BARE, home.environment)}
+    for kind, helper in _helpers(home).items():
+        calls[kind] = _timed(helper, home.environment)
+        shell = ("sh", "-c", f"exec {shlex.join(helper)}")
+        calls[f"{kind}.shell"] = _timed(shell, home.environment)
+    rounds = interleaved(calls, ROUNDS)
+    for kind, (words, name, most) in ALONE.items():
+        if kind in calls:
+            about = f"{words}, of a bare `python -IS -c pass`"
+            yield Figure(name, about, ratio(rounds, kind, "bare"), ROUNDS, most)
 
 
 def _against_rivals(home: Home, folder: Path, say: Callable[[str], None]) -> Iterator[Figure]:
-    calls: dict[str, Callable[[], float]] = {
-        "helper": lambda: seconds(home.helper, home.environment)
-    }
+    calls: dict[str, Callable[[], float]] = {"helper": _timed(home.helper, home.environment)}
     found: dict[str, rivals.Rival] = {}
     with ExitStack() as stack:
         for name, start in {"bao": rivals.bao, "aws": rivals.aws}.items():
@@ -67,7 +75,7 @@ def _against_rivals(home: Home, folder: Path, say: Callable[[str], None]) -> Ite
         if found:
             rounds = interleaved(calls, RIVAL_ROUNDS)
     for name, rival in found.items():
-        about = f"{rival.name} on loopback, of the helper"
+        about = f"{rival.name} on loopback, of the helper in Python"
         value = ratio(rounds, name, "helper")
         yield Figure(f"helper.{name}", about, value, RIVAL_ROUNDS, at_least=GOALS[name])
 
@@ -83,15 +91,23 @@ def _at_once(home: Home, folder: Path) -> Iterator[Figure]:
 
     kept = home.path / "kept"
     kept.write_text(f"{home.key}\n")
+    helpers = _helpers(home)
     rounds = interleaved(
         {
-            "helper": all_of(*home.helper),
+            **{kind: all_of(*helper) for kind, helper in helpers.items()},
             "cat": all_of("cat", str(kept)),
             "bare": all_of(*BARE[:-1], "print()"),
         },
         AT_ONCE_ROUNDS,
     )
-    about = f"{AT_ONCE:,} helpers at once, of as many"
-    for to, what, goal in (("cat", "`cat`", 8.0), ("bare", "bare interpreters", None)):
-        value = ratio(rounds, "helper", to)
-        yield Figure(f"helper.many.{to}", f"{about} {what}", value, AT_ONCE_ROUNDS, goal)
+    for kind in helpers:
+        first = kind == next(iter(helpers))  # what `status` prints
+        about = f"{AT_ONCE:,} helpers" if first else f"{AT_ONCE:,} helpers in Python"
+        for to, what, goal in (("cat", "`cat`", 8.0), ("bare", "bare interpreters", None)):
+            yield Figure(
+                f"helper.many.{to}" if first else f"helper.many.{kind}.{to}",
+                f"{about} at once, of as many {what}",
+                ratio(rounds, kind, to),
+                AT_ONCE_ROUNDS,
+                goal if first else None,
+            )

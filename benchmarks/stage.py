@@ -16,6 +16,7 @@ from pathlib import Path
 import keybroker
 from benchmarks.measure import UnmeasurableError
 from keybroker import paths, starting
+from keybroker.cli.status import helper_command
 from keybroker.devgateway import DevGateway
 from tests.servers.processes import Child
 
@@ -95,8 +96,14 @@ class Home:
 
     @property
     def helper(self) -> tuple[str, ...]:
-        """What a client runs."""
+        """The helper in Python, as a client runs it."""
         return (sys.executable, "-IS", str(HELPER), str(self.socket), "work")
+
+    @property
+    def native(self) -> tuple[str, ...] | None:
+        """The helper in C; None where it is not installed."""
+        command = tuple(helper_command(str(self.socket), "work"))
+        return None if command == self.helper else command
 
 
 def furnish(

@@ -16,6 +16,7 @@ from benchmarks import measure
 from benchmarks.measure import BEGIN, END, Figure, UnmeasurableError
 from benchmarks.programs import ask_often, compile_parts, output, seconds, seconds_at_once
 from benchmarks.stage import ask, floor, furnish, has_key, listens, resident, wake_ups
+from keybroker.cli.status import helper_command
 from keybroker.config import load
 
 KEY = "sk-right"
@@ -187,3 +188,5 @@ def test_the_configuration_is_one(tmp_path: Path, often: bool) -> None:
     assert len(home.key) == 100
     assert {(home.path / name).stat().st_mode & 0o777 for name in ("key", "admin")} == {0o600}
     assert home.helper[0] == sys.executable
+    assert home.native in (None, (*helper_command(str(home.socket), "work"),))
+    assert home.native != home.helper
