@@ -598,7 +598,6 @@ def test_a_certificate_is_the_login(
     assert desk.read().status == 200
 
 
-@pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning")
 def test_an_identity_of_aws_is_a_signed_question(
     desks: Desks, script: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -615,7 +614,7 @@ def test_an_identity_of_aws_is_a_signed_question(
     body = script.asked[0].body
     headers = json.loads(base64.b64decode(body["iam_request_headers"]))
     assert body["role"] == "kb"
-    assert base64.b64decode(body["iam_request_url"]) == b"https://sts.amazonaws.com/"
+    assert base64.b64decode(body["iam_request_url"]) == b"https://sts.eu-west-1.amazonaws.com/"
     assert b"GetCallerIdentity" in base64.b64decode(body["iam_request_body"])
     assert headers["X-Vault-AWS-IAM-Server-ID"] == ["v1"]
     assert headers["X-Amz-Security-Token"] == [f"{CANARY}session"]
@@ -787,7 +786,6 @@ AWS_REFUSED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning")
 @pytest.mark.parametrize("text", AWS_REFUSED)
 def test_a_refusal_of_aws_or_of_its_identity(
     desks: Desks, script: Script, monkeypatch: pytest.MonkeyPatch, text: str

@@ -1,5 +1,7 @@
 """The ways to log in, each with what it is done with, which is read anew for each login."""
 
+import json
+from base64 import b64encode
 from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote
@@ -74,16 +76,31 @@ def ldap(client: Any, auth: Mapping[str, Any], found: Material) -> Any:
 
 
 def aws(client: Any, auth: Mapping[str, Any], found: Material) -> Any:
-    """Have a question signed that AWS answers with who asked; Vault sends it on."""
-    return client.auth.aws.iam_login(
-        found["access_key"].reveal(),
-        found["secret_key"].reveal(),
-        found["session_token"].reveal() if "session_token" in found else None,
-        header_value=auth["server_id"],
-        role=auth["role"],
-        use_token=False,
-        region=auth["region"],
-        mount_point=auth["mount"],
+    """Sign a question that AWS answers with who asked; Vault sends it on."""
+    from botocore.auth import SigV4Auth  # type: ignore[import-untyped]
+    from botocore.awsrequest import AWSRequest  # type: ignore[import-untyped]
+    from botocore.credentials import Credentials  # type: ignore[import-untyped]
+
+    # hvac would always ask the host of us-east-1, whatever region it signs for
+    region = auth["region"]
+    host = "sts.amazonaws.com" if region == "us-east-1" else f"sts.{region}.amazonaws.com"
+    url, body = f"https://{host}/", "Action=GetCallerIdentity&Version=2011-06-15"
+    headers = {"Host": host, "Content-Type": "application/x-www-form-urlencoded; charset=utf-8"}
+    if auth["server_id"] is not None:
+        headers["X-Vault-AWS-IAM-Server-ID"] = auth["server_id"]
+    asked = AWSRequest(method="POST", url=url, headers=headers, data=body)
+    named = {name: secret.reveal() for name, secret in found.items()}
+    SigV4Auth(Credentials(**named), "sts", region).add_auth(asked)
+    signed = json.dumps({name: [value] for name, value in asked.headers.items()})
+    return client.write_data(
+        f"auth/{auth['mount']}/login",
+        data={
+            "role": auth["role"],
+            "iam_http_request_method": "POST",
+            "iam_request_url": _encoded(url),
+            "iam_request_headers": _encoded(signed),
+            "iam_request_body": _encoded(body),
+        },
     )
 
 
@@ -96,6 +113,10 @@ METHODS: Mapping[str, Method] = {
     "ldap": ldap,
     "aws": aws,
 }
+
+
+def _encoded(text: str) -> str:
+    return b64encode(text.encode()).decode()
 
 
 def _content(path: str | None) -> Secret:
@@ -148,7 +169,7 @@ def _of_aws() -> dict[str, Secret]:
     named = {
         "access_key": frozen.access_key,
         "secret_key": frozen.secret_key,
-        "session_token": frozen.token,
+        "token": frozen.token,
     }
     try:
         return {name: Secret(text) for name, text in named.items() if text}
