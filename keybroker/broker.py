@@ -67,7 +67,8 @@ class _Profile:
     profile: Profile | None
     policy: Policy
     slots: Slots
-    anchor: Instant  # the clocks when the current key was published, or when we began
+    anchor: Instant  # the clocks when the current key's times were read, or when we began
+    new_anchor: Instant | None = None  # the same, of the next one
     secrets: dict[str, Credential] = field(default_factory=dict)  # by label
     doubt: bool = False  # the clocks disagree: verify the current key before it is printed
     drift: timedelta = timedelta()  # by how much, when the gateway last took the key all the same
@@ -624,7 +625,7 @@ class Broker:
                 slots = replace(slots, next=replace(known, verdict=verified))
         at_work.slots = slots
         at_work.secrets[sealed.label] = sealed.credential
-        at_work.anchor = sealed.anchor
+        at_work.anchor = at_work.new_anchor = sealed.anchor
         at_work.drift = timedelta()
         reading = judge(sealed.anchor, self._clock.read())
         at_work.doubt = reading.doubtful or self._before_last_record(reading)
@@ -708,6 +709,7 @@ class Broker:
                 credential=at_work.secrets[step.label],
                 verified=key.verified if again else _how_verified(key),
                 wrap_key=self._wrap_key,
+                anchor=at_work.anchor if again else self._anchor_of_new(at_work),
                 hold=None if again else _hold_of_current(at_work),
                 replaces="" if again or slots.current is None else slots.current.fingerprint,
             )
@@ -831,8 +833,8 @@ class Broker:
             return
         ok = answer.ok or {}
         if isinstance(step, rotation.Issue):
-            credential = _credential(ok["credential"])
-            at_work.secrets[label] = credential
+            at_work.secrets[label] = _credential(ok["credential"])
+            at_work.new_anchor = self._clock.read()
         elif isinstance(step, rotation.Poll):
             self._polled(at_work, _credential(ok["credential"]), now)
         elif isinstance(step, rotation.Renew):
@@ -864,13 +866,22 @@ class Broker:
         self._clean(at_work)
 
     def _published(self, at_work: _Profile, key: Key) -> None:
-        at_work.anchor, at_work.drift = self._clock.read(), timedelta()
+        if key.label != at_work.published:
+            at_work.anchor, at_work.drift = self._anchor_of_new(at_work), timedelta()
         at_work.doubt = at_work.late = False
         at_work.unsealed = self._wrap_key is None
         if key.label != at_work.published:  # else it was sealed, now that it could be
             what = "replaced" if at_work.published else "published"
             self.news.append(News(at_work.name, what, key.fingerprint))
         at_work.published = key.label
+
+    def _anchor_of_new(self, at_work: _Profile) -> Instant:
+        """
+        Return the clocks when the next key's times were read.
+
+        When they were set since, its end is by a clock that was wrong: it will be in doubt.
+        """
+        return at_work.new_anchor or self._clock.read()
 
     def _clean(self, at_work: _Profile) -> None:
         """Let go of the secrets that are handed out no more."""
@@ -896,6 +907,7 @@ class Broker:
             slots = rotation.worked(slots)
         elif slots.next is None or slots.next.label != label:
             key = _followed(label, credential, at_work.policy.issuer, at_work.policy)
+            at_work.new_anchor = self._clock.read()
             if current is not None and current.label == label:  # condemned: it is tried anew
                 key = replace(key, refused_at=current.refused_at or now)
                 slots = without(slots, label)

@@ -17,6 +17,7 @@ from typing import Any
 
 from keybroker import vault
 from keybroker.cache import decode_session, encode_session
+from keybroker.clock import Instant
 from keybroker.config import Config, Profile
 from keybroker.credential import Credential, Issuer, Lease, Secret, Session
 from keybroker.errors import CLASSES, KeybrokerError, SourceError, SourceUnavailable
@@ -388,6 +389,8 @@ def _encode(value: Any) -> Any:
         return value.reveal()
     if isinstance(value, Credential):
         return {"secret": value.secret.reveal(), "lease": encode_lease(value.lease)}
+    if isinstance(value, Instant):
+        return {"wall": write_time(value.wall), "boot": value.boot, "boot_id": value.boot_id}
     if isinstance(value, Session):
         return encode_session(value)
     if isinstance(value, Profile):

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from keybroker import kernel, sources
 from keybroker.audit import Audit
 from keybroker.cache import Cache, Cached, decode_session, encode_session, find_wrap_key
-from keybroker.clock import Clock
+from keybroker.clock import Clock, Instant
 from keybroker.config import Profile, read_profile
 from keybroker.credential import Credential, Issuer, Lease, Secret, Session
 from keybroker.document import Where
@@ -172,11 +172,12 @@ class Operations:
         credential: Credential,
         verified: str,
         wrap_key: Secret | None,
+        anchor: Instant,
         hold: timedelta | None,
         replaces: str = "",
     ) -> dict[str, Any]:
         """Seal the new key, then say that it is current. Only then may the old one's clock run."""
-        cached = Cached(credential, label, profile.issuer, verified, self.clock.read())
+        cached = Cached(credential, label, profile.issuer, verified, anchor)
         cache = Cache(self.state, wrap_key, self.disk)
         perform("seal", lambda: cache.save(profile.name, cached))
         if profile.kind.ours:
@@ -402,6 +403,7 @@ def _arguments(message: Mapping[str, Any]) -> dict[str, Any]:
         "secret": Secret,
         "wrap_key": lambda v: None if v is None else Secret(v),
         "kept": decode_session,
+        "anchor": lambda v: Instant(read_time(v["wall"]), v["boot"], v["boot_id"]),
         "timeout": lambda v: timedelta(seconds=v),
         "hold": lambda v: None if v is None else timedelta(seconds=v),
         "revoke_at": read_time,

@@ -5,7 +5,7 @@ from datetime import timedelta
 from random import Random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from keybroker import worker
@@ -372,6 +372,7 @@ def told(made: DaemonWorld, events: list[tuple[str, object]]) -> None:
 
 @COMMON
 @given(HISTORY, CHANCE)
+@example([("fates", ["ok", "ok", "down"]), ("clock", 5400.0)], Random(0))  # set before a swap
 def test_promises_hold_over_any_history_of_a_daemon(
     events: list[tuple[str, object]], chance: Random
 ) -> None:

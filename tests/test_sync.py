@@ -20,13 +20,14 @@ from keybroker import journal as journals
 from keybroker import paths, worker
 from keybroker.cache import Cache
 from keybroker.chain import Chain
+from keybroker.clock import Clock
 from keybroker.config import Profile
 from keybroker.credential import Credential, Lease, Look, Secret, Verdict
 from keybroker.devgateway import DevGateway
 from keybroker.errors import KeybrokerError
 from keybroker.journal import Journal
 from keybroker.paths import Disk
-from keybroker.pool import Pool
+from keybroker.pool import Pool, _encode
 from keybroker.rotation import Kind
 from keybroker.slots import Record, Slots, replay
 from keybroker.sources import Capabilities
@@ -120,6 +121,7 @@ def life_of_two_keys(ask: Any) -> None:
         answer, profile = ask("issue", label=label)
         credential = worker.decode_credential(answer["credential"])
         values = {"label": label, "verified": "models", "wrap_key": WRAP_KEY}
+        values["anchor"] = Clock().read()
         ask("publish", credential=credential, hold=HOLD if held else None, **values)
         held.append((label, credential))
     label, credential = held[0]
@@ -319,6 +321,7 @@ class Life:
             label = f"kb-00000000-work-{number}"
             issued = _ask(operations, "issue", profile=RAW, label=label)["credential"]
             values = {"verified": "models", "wrap_key": WRAP_KEY.reveal()}
+            values["anchor"] = _encode(Clock().read())
             hold = None if old is None else HOLD.total_seconds()
             _ask(
                 operations,
