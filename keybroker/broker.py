@@ -722,9 +722,13 @@ class Broker:
                 at_work.slots,
                 Record(self.now(), Event.GONE, at_work.name, step.label, why=step.why),
             )
+            before = at_work.slots.trouble
             self._fail(
                 at_work, SourceInvalid(f"{key.lease.source}: a key was given up: {step.why}")
             )
+            self._report(at_work, before)
+            self._clean(at_work)
+            self._change(at_work)  # nobody's answer will
             return
         revoke_at = self._clock.read().wall
         if key is at_work.slots.current and not at_work.ending:  # it was handed out
@@ -820,6 +824,8 @@ class Broker:
         now, policy = self._plan_time(at_work, self._clock.read()), at_work.policy
         if answer.error is not None:
             if isinstance(step, rotation.Issue | rotation.Poll):
+                if isinstance(step, rotation.Poll) and isinstance(answer.error, SourceInvalid):
+                    at_work.slots = replace(at_work.slots, withdrawn=not answer.error.unknown)
                 self._fail(at_work, answer.error)
             elif isinstance(step, rotation.Renew) and _is_final(answer.error):
                 at_work.slots = rotation.not_renewable(at_work.slots, label)
@@ -892,7 +898,7 @@ class Broker:
 
     def _polled(self, at_work: _Profile, credential: Credential, now: datetime) -> None:
         """A followed source was read: the same key lives on, another is tried."""
-        slots = replace(at_work.slots, polled_at=now)
+        slots = replace(at_work.slots, polled_at=now, withdrawn=False)
         current = slots.current
         if current is not None and _is_older(credential.lease, current.lease):
             at_work.slots = slots

@@ -493,7 +493,8 @@ def judged(
     Take in one look at a key.
 
     One refusal makes the current key suspect. A second one, at least a second later, while the
-    gateway is otherwise healthy (it accepted or minted something in between), condemns it.
+    gateway is otherwise healthy (it accepted or minted something in between), condemns it; so it
+    does where its keeper has withdrawn the key.
     """
     key = slots.key(label)
     if key is None:
@@ -514,7 +515,9 @@ def judged(
     elif verdict.look is Look.REFUSED:
         if key.refused_at is None:
             key = replace(key, refused_at=now)
-        elif now >= key.refused_at + SECOND_REFUSAL_AFTER and _healthy_since(slots, key.refused_at):
+        elif now >= key.refused_at + SECOND_REFUSAL_AFTER and (
+            slots.withdrawn or _healthy_since(slots, key.refused_at)
+        ):
             key = replace(key, condemned=True)
     if key.refused_at is not None and not key.condemned:
         later = now + max(SECOND_REFUSAL_AFTER, backoff(key.failures + 1, roll, policy))

@@ -112,6 +112,7 @@ class Slots:
         next: Minted, not yet published; its secret is known to this process only.
         retired: No longer handed out, to be revoked.
         open: Labels whose outcome is not known.
+        withdrawn: Whoever keeps the key says that there is none any more.
         wanted_at: When the newest label was written; two calls are never closer than the retry
             interval, across restarts.
     """
@@ -124,6 +125,7 @@ class Slots:
     failures: int = 0  # of issues or polls, since the last that worked
     not_before: datetime | None = None
     polled_at: datetime | None = None  # a followed source was last read
+    withdrawn: bool = False
     accepted_at: datetime | None = None  # the gateway last accepted a key or minted one
     rotate: bool = False  # somebody asked for a new key now
     trouble: Trouble | None = None  # the last failure, until something works

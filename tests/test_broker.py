@@ -704,6 +704,44 @@ def test_a_new_value_that_does_not_verify_replaces_nothing(host: Host, look: Loo
     assert host.ask() == "sk-second"
 
 
+def test_a_daemon_comes_back_to_a_source_whose_new_value_was_refused(host: Host) -> None:
+    """It looks only at what changed or fell due: what was given up has to fall due again."""
+    host.start(following())
+    host.ask()
+    host.owner.value, host.owner.looks = "sk-second", {"sk-second": Look.REFUSED}
+    read = host.owner.reads
+    for _ in range(400):
+        due = host.broker.turn(8)
+        while host.broker.busy:
+            host.broker.take(host.workers.receive(0))
+            due = host.broker.turn(8)
+        assert due is not None, "it would sleep for ever"
+        host.time.true += max((due - host.time.read().wall).total_seconds(), 0.01)
+        if host.owner.reads >= read + 3:
+            return
+    raise AssertionError("it was not read again")
+
+
+@pytest.mark.parametrize("is_withdrawn", [True, False])
+def test_a_refused_key_is_condemned_where_its_keeper_has_none(
+    host: Host, is_withdrawn: bool
+) -> None:
+    """With nothing else that the gateway accepts, a refusal alone may be the gateway's trouble."""
+    host.start(following())
+    host.ask()
+    gone = SourceInvalid("static: is deleted")
+    host.owner.problem = gone if is_withdrawn else SourceUnavailable("static: cannot be read")
+    host.run(6 * MINUTE)
+    assert host.ask() == "sk-first"
+    host.owner.looks = {"sk-first": Look.REFUSED}
+    host.broker.check("work")
+    host.run(MINUTE)
+    assert (host.ask() is None) is is_withdrawn
+    host.owner.problem, host.owner.value, host.owner.looks = None, "sk-second", {}
+    host.run(6 * MINUTE)
+    assert host.ask() == "sk-second"
+
+
 def test_a_refused_new_value_is_told(host: Host) -> None:
     """Without a current key, the user hears why."""
     host.owner.looks = {"sk-first": Look.REFUSED}
