@@ -116,6 +116,7 @@ REVEALS = {
 HEAVY = {
     *("dataclasses", "inspect"),
     *("httpx", "httpcore", "truststore", "keyring", "secretstorage", "cryptography", "click"),
+    *("hvac", "requests", "botocore"),
     *("subprocess", "logging", "ssl", "_ssl", "socket", "asyncio", "hashlib", "_hashlib"),
     *("secrets", "hmac", "threading", "tempfile", "ctypes", "http", "email", "importlib.metadata"),
 }

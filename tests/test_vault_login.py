@@ -877,8 +877,6 @@ def test_another_wrapping_token_is_unwrapped(desks: Desks, wrapping: Script) -> 
 
 # A token that is there.
 
-FILED = {"method": "token", "token": {"file": "/none"}}
-
 
 def test_a_token_is_looked_at_once(desks: Desks, script: Script) -> None:
     """For its end, and whether it can be renewed; its life counts from when it was made."""
@@ -930,6 +928,9 @@ def test_another_token_in_the_file_is_taken_up(
     desk.read()
     assert script.paths() == [SELF, PATH, PATH, SELF, PATH, PATH]
     assert [one.token for one in script.asked[3:]] == [OTHER] * 3
+    path.unlink()
+    desk.read()
+    assert script.asked[-1].token == OTHER, "what is held is alive"
 
 
 def test_a_token_that_has_ended_is_said_by_where_it_is(desks: Desks, script: Script) -> None:

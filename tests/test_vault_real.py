@@ -277,13 +277,13 @@ def test_a_policy_that_forbids_is_told_from_a_dead_token(
 def test_a_token_is_renewed_until_its_maximum_and_then_replaced(
     openbao: OpenBao, kv: Kv, desk: Open
 ) -> None:
-    """A login when it has ended, not before: two in twelve seconds of a maximum of eight."""
+    """A login when it has ended, not before: two in nine seconds of a maximum of six."""
     kv.put("long", key=key())
-    role = approle(openbao, reading(kv, "long"), token_ttl="4s", token_max_ttl="8s")
+    role = approle(openbao, reading(kv, "long"), token_ttl="3s", token_max_ttl="6s")
     one = desk(openbao, role.auth, environment=role.environment)
     source = one.source(kv.path("long"))
     before = openbao.count("auth/token/renew-self")
-    until = time.monotonic() + 12
+    until = time.monotonic() + 9
     while time.monotonic() < until:
         source.issue("")
         time.sleep(0.2)
@@ -509,11 +509,11 @@ def test_a_token_from_a_file_is_renewed(
 ) -> None:
     """A periodic one never ends; when it is revoked the file is named."""
     path, policy, value = guarded
-    made = openbao.new_token([policy], period="4s")
+    made = openbao.new_token([policy], period="3s")
     file = private(tmp_path / "token", made["client_token"])
     one = desk(openbao, {"method": "token", "token": {"file": str(file)}})
     source = one.source(path)
-    until = time.monotonic() + 6
+    until = time.monotonic() + 4
     while time.monotonic() < until:
         assert source.issue("").secret == value
         time.sleep(0.3)

@@ -143,6 +143,7 @@ ROWS: dict[str, tuple[Answer, str, str | None, tuple[bool, bool]]] = {
     "503": (refused(503, "x"), "failed (503)", None, (True, True)),
     "502 of a proxy": (Answer(502, PAGE), "failed (502)", None, (True, False)),
     "504 of a proxy": (Answer(504, PAGE), "failed (504)", None, (True, False)),
+    "501 of a proxy": (Answer(501, PAGE), "failed (501)", None, (True, False)),
     "captive portal": (
         Answer(200, PAGE),
         "answers 200, but not as Vault does",

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from keybroker.credential import Reference, Secret, Session, fingerprint
+from keybroker.credential import Secret, Session, fingerprint
 from keybroker.errors import (
     CLASSES,
+    ConfigError,
     KeybrokerError,
     SourceDenied,
     SourceError,
@@ -130,10 +131,12 @@ class Login:
 
     def _is_replaced(self, session: Session) -> bool:
         """Tell whether somebody put another token into the file that ours is from."""
-        reference = self._vault.auth.get("token")
-        if self._vault.method != "token" or not isinstance(reference, Reference):
+        if self._vault.method != "token" or self._vault.auth["token"].kind != "file":
             return False
-        return reference.kind == "file" and self._mark(self._material()) != session.material
+        try:
+            return self._mark(self._material()) != session.material
+        except ConfigError:  # it is being replaced; ours is alive
+            return False
 
     def _material(self) -> methods.Material:
         return methods.gather(self._vault, self._environment)
@@ -176,28 +179,36 @@ class Login:
         """Have the secret_id unwrapped, once; whose it is is checked before."""
         if session.kept is not None:
             return session
-        path = "sys/wrapping/unwrap"
         looked = self._server.ask(
             lambda client: client.write_data(
                 "sys/wrapping/lookup", data={"token": wrapped.reveal()}
             )
         )
-        made_at = part(looked, "data").get("creation_path")
-        theft = SourceDenied(
+        made_at = part(self._opened(looked), "data").get("creation_path")
+        if made_at != self._vault.auth["wrapped_by"].strip("/"):
+            raise self._theft()
+        reply = self._server.ask(lambda client: client.sys.unwrap(), wrapped, makes=True)
+        found = part(self._opened(reply), "data").get("secret_id")
+        try:
+            secret = Secret(found if isinstance(found, str) else "")
+        except ValueError as error:
+            raise SourceInvalid(f"{self._who}: the secret_id that was wrapped is {error}") from None
+        return self._held.put(replace(session, kept=secret))
+
+    def _opened(self, reply: Reply) -> Reply:
+        """Return an answer about a wrapping token, unless it says that there is none."""
+        if reply.status in (400, 403):
+            raise self._theft()
+        if reply.status != 200:
+            raise refusal(self._vault, self._server.host, reply)
+        return reply
+
+    def _theft(self) -> SourceDenied:
+        return SourceDenied(
             f"{self._who}: the wrapped secret_id is not what it should be",
             hint="it was unwrapped before, has expired, or was made elsewhere: find out who had "
             "it, end it, and have a new one wrapped",
         )
-        if looked.status != 200 or made_at != self._vault.auth["wrapped_by"].strip("/"):
-            raise theft
-        reply = self._server.ask(lambda client: client.sys.unwrap(), wrapped, makes=True)
-        found = part(reply, "data").get("secret_id")
-        if reply.status != 200 or not isinstance(found, str):
-            raise theft
-        try:
-            return self._held.put(replace(session, kept=Secret(found)))
-        except ValueError as error:
-            raise SourceInvalid(f"{self._who}: {path}: the secret_id is {error}") from None
 
     def _begun(self, reply: Reply) -> Session:
         """Read what a login answered."""

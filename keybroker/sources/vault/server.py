@@ -196,7 +196,7 @@ class Server:
         if is_own(reply) and status == 500 and FINAL_500.search(text):
             return
         who = f"vault: {node.host}"
-        if status in STATES:
+        if status == 429 or (status in STATES and is_own(reply)):
             words, hint, elsewhere = STATES[status]
             wish = reply.retry_after or (THROTTLED if status == 429 else None)
             error = SourceUnavailable(f"{who} {words} ({status})", hint=hint, retry_after=wish)
