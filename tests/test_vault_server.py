@@ -276,6 +276,32 @@ def test_a_redirect_to_a_node_is_followed(
         assert len(script.asked) == 1, "the next call goes to who answered"
 
 
+@pytest.mark.parametrize(
+    "location",
+    [
+        *["", "http://[", "http://127.0.0.1:99999999/", "/v1/elsewhere", "//thief.example.com/"],
+        *["https://127.0.0.1:{port}/", "http://x@localhost:{port}/", "http://127.0.0.1:1{port}/"],
+    ],
+)
+def test_what_is_nearly_the_same_address_is_another(script: Script, location: str) -> None:
+    """Another scheme, host or port, or no address at all."""
+    at = location.format(port=script.port)
+    script.says(PATH, Answer(307, "", {"Location": at}))
+    failed(script.url, SourceInvalid)
+    assert len(script.asked) == 1
+
+
+def test_a_port_that_is_the_usual_one_may_be_named(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """https://host and https://host:443 are one server."""
+    monkeypatch.setenv("HTTP_PROXY", script.url)
+    location = {"Location": f"http://V.example.com:80/v1/{PATH}"}
+    script.says(PATH, Answer(307, "", location), GOOD)
+    with opened("http://v.example.com") as server:
+        assert read(server).status == 200
+
+
 def test_nodes_that_send_each_other_are_left(script: Script) -> None:
     """A few hops, and no more."""
     with Script() as other:

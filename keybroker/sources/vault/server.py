@@ -22,6 +22,7 @@ from keybroker.vault import Vault, host_of
 
 Call = Callable[[Any], Any]  # given hvac's client, makes one call
 THROTTLED = timedelta(seconds=5)  # where the server does not say for how long
+PORTS = {"http": 80, "https": 443}
 MOST_HOPS = 3
 LEAST_SECONDS = 1.0  # for one of several nodes
 LONGEST_SECONDS = 3650 * 86_400.0
@@ -178,10 +179,9 @@ class Server:
     def _target(self, node: Http, method: str, reply: Reply) -> Http:
         """Return the node that a redirect leads to: the token goes nowhere else."""
         kept = reply.status in (307, 308) or (method == "GET" and reply.status in (301, 302))
-        location = urlsplit(reply.headers.get("location", ""))
+        leads_to = _origin(reply.headers.get("location", ""))
         for other in self._nodes:
-            known = urlsplit(other.url)
-            if kept and (known.scheme, known.netloc) == (location.scheme, location.netloc):
+            if kept and leads_to is not None and leads_to == _origin(other.url):
                 return other
         raise SourceInvalid(
             f"vault: {node.host} redirects to an address that is not configured ({reply.status})",
@@ -257,6 +257,15 @@ def is_own(reply: Reply) -> bool:
     return isinstance(reply.value, dict) and not reply.value.keys().isdisjoint(
         ("errors", "request_id", "data", "auth")
     )
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None] | None:
+    """Return what has to be the same for two addresses to lead to one server."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme, parts.hostname, parts.port or PORTS.get(parts.scheme)
+    except ValueError:  # no address
+        return None
 
 
 def _not_vault(url: str, status: int) -> str:

@@ -157,9 +157,10 @@ class Vault(Followed):
             return super().renew(lease)
         self._place.server.begin()
         wish = self._profile.source["lifetime"] if self._profile is not None else None
-        if wish is None and lease.expires_at is not None:
+        if wish is None:
+            assert lease.expires_at is not None, "every lease of ours has an end"
             wish = lease.expires_at - (lease.renewed_at or lease.issued_at)
-        asked = max(1, round(wish.total_seconds())) if wish else 3600
+        asked = max(1, round(wish.total_seconds()))
         path = "sys/leases/renew"
         reply = self._place.login.ask(
             lambda client: client.sys.renew_lease(lease.id, increment=asked),
@@ -229,7 +230,8 @@ class Vault(Followed):
 
     def _versioned(self, reply: Reply, meta: Mapping[str, Any], data: Mapping[str, Any]) -> Lease:
         """Read when a version was written and when it ends, from whichever place says so."""
-        said_with = meta.get("custom_metadata") or {}
+        custom = meta.get("custom_metadata")
+        said_with = custom if isinstance(custom, dict) else {}
         written = self._time(meta, "created_time")
         version = meta.get("version")
         if written is None or isinstance(version, bool) or not isinstance(version, int):
@@ -403,7 +405,7 @@ def _end_of_version(meta: Mapping[str, Any]) -> tuple[str, str]:
         return f"{which} was destroyed", "write a new version"
     try:
         when = f" on {_day(read_time(meta.get('deletion_time')))}"
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         when = ""
     return f"{which} was deleted{when}", "write a new version, or undelete it"
 
