@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import threading
 import time
 import urllib.request
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from keybroker.devgateway import DevGateway
+from tests.canaries import Canaries, Watch, write
 from tests.resident import Resident, until
 from tests.servers.cluster import Cluster
 from tests.servers.database import Database
@@ -23,7 +25,7 @@ from tests.servers.vaultapi import Api, Kv
 
 pytestmark = pytest.mark.servers
 
-READ = {"read": ["read"]}
+TOKEN = re.compile(rb"\b(?:hv)?s\.[A-Za-z0-9_-]{20,}")  # as Vault and OpenBao write one
 LEASES = {path: ["update"] for path in ("sys/leases/renew", "sys/leases/revoke")}
 
 
@@ -381,3 +383,61 @@ def _lets_in(database: Database, password: str) -> bool:
 
 def _users(database: Database) -> list[str]:
     return sorted((name for name in database.users() if name.startswith("v-")), reverse=True)
+
+
+@pytest.mark.parametrize("method", ["token", "approle", "userpass"])
+def test_nothing_of_vault_s_leaves(
+    resident: Resident,
+    gateway: DevGateway,
+    openbao: OpenBao,
+    kv: Kv,
+    role: str,
+    method: str,
+) -> None:
+    """No token, secret_id, password or key is in a file, a line, an argument or a variable."""
+    canaries = Canaries()
+    key = canaries.know("key", minted(gateway))
+    kv.put("llm", key=key)
+    openbao.policy(role, {kv.path("llm"): ["read"]})
+    material = resident.home.path / "material"
+    if method == "token":
+        text = openbao.new_token([role, "default"], ttl="1h")["client_token"]
+        login = f'token = {{ file = "{material}" }}'
+    elif method == "approle":
+        role_id, text = openbao.approle(role, [role])
+        login = f'role_id = "{role_id}"\nsecret_id = {{ file = "{material}" }}'
+    else:
+        text = "correct-horse-battery-staple-0123456789"
+        openbao.userpass(role, text, [role])
+        login = f'username = "{role}"\npassword = {{ file = "{material}" }}'
+    write(material, canaries.know("material", text))
+    resident.configure(
+        f'[vault]\naddress = "{openbao.url}"\n[vault.auth]\nmethod = "{method}"\n{login}\n'
+        + source(gateway.url, kv.path("llm"), 'poll = "1s"')
+    )
+    with Watch() as watch:
+        resident.start()
+        assert resident.key() == key
+        said = [*resident.cli("status"), *resident.cli("rotate", "work")]
+        said += [*resident.cli("source", "test", "work"), *resident.cli("config", "show")]
+        kv.put("llm", key=canaries.know("blanks", "sk-with blanks-0123456789abcdef"))
+        until(lambda: "not one token" in str(resident.row()["trouble"]))
+        said += [*resident.cli("rotate", "work"), *resident.cli("status", "--json")]
+        kv.delete("llm")
+        write(material, canaries.know("wrong", f"wrong-{secrets.token_hex(20)}"))
+        resident.kill()
+        next(resident.state.rglob("session.*.sealed")).unlink()
+        resident.start()
+        until(lambda: resident.row()["trouble"], 20)
+        said += [*resident.cli("rotate", "work"), *resident.cli("audit"), resident.said()]
+        seen = watch.look() + list(watch.seen.values())
+    printed = "\n".join(str(one) for one in said)
+    assert canaries.seen_in(printed) == []
+    assert canaries.below(resident.home.path, {material: "wrong"}) == []
+    for process in seen:
+        assert canaries.seen_in(process.command) == []
+        assert canaries.seen_in(process.environment or b"") == []
+    everything = b"\n".join(
+        one.read_bytes() for one in resident.home.path.rglob("*") if one.is_file()
+    )
+    assert TOKEN.findall(printed.encode() + everything) == []
