@@ -20,7 +20,7 @@ RIVAL_ROUNDS = 20
 AT_ONCE, AT_ONCE_ROUNDS = 1000, 5
 GOALS = {"bao": 9.0, "aws": 40.0}
 ALONE = {  # what is said of each, under which name, and the goal
-    "native": ("the native helper", "helper.native", 0.05),
+    "native": ("the native helper", "helper.native", 0.1),
     "native.shell": ("the native helper through `sh -c`", "helper.native.shell", None),
     "python": ("the helper in Python", "helper", 1.05),
     "python.shell": ("the helper in Python through `sh -c`", "helper.shell", 1.15),
