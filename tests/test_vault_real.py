@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -750,12 +751,16 @@ def test_an_authority_that_nobody_knows_is_said(openbao_tls: OpenBao, desk: Open
     """So are both ways of mixing up http and https."""
     role = approle(openbao_tls, {"x/y": ["read"]})
     plain = openbao_tls.url.replace("https://", "http://")
-    for url, words in ((None, "certificate"), (plain, "answers 400, but not as Vault does")):
+    # Go says 400 and resets: which of the two arrives first is chance
+    for url, words in (
+        (None, "certificate"),
+        (plain, r"answers 400, but not|ended the connection"),
+    ):
         one = desk(openbao_tls, role.auth, environment=role.environment)
         one.url = url or one.url
         source = one.source("x/y")
         error = one.fails(SourceUnavailable, lambda source=source: source.issue(""))  # type: ignore[misc]
-        assert words in error.message
+        assert re.search(words, error.message)
 
 
 @pytest.mark.parametrize("region", ["us-east-1", "eu-west-1"])
