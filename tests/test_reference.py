@@ -97,6 +97,18 @@ def test_a_file_that_others_can_open_is_refused(tmp_path: Path, mode: int) -> No
     assert error.hint == f"type: chmod 600 {path}"
 
 
+def test_a_file_that_a_platform_keeps_may_be_open_to_others(tmp_path: Path) -> None:
+    """Only where that is said; there is no advice on how to make one."""
+    path = private(tmp_path / "token", KEY, 0o644)
+    reference = Reference("file", str(path))
+    assert resolve(reference, {}, open_to_others=True) == Secret(KEY)
+    fails(ConfigError, reference)
+    path.unlink()
+    with pytest.raises(ConfigError) as caught:
+        resolve(reference, {}, open_to_others=True)
+    assert caught.value.hint is None
+
+
 def test_a_file_behind_a_link_counts_by_its_own_mode(tmp_path: Path) -> None:
     """A link to a private file is fine, one to an open file is not."""
     good, bad = private(tmp_path / "good", KEY), private(tmp_path / "bad", KEY, 0o644)
@@ -233,3 +245,21 @@ def test_a_reference_prints_as_where_and_never_as_what(reference: Reference, tex
     """A program's arguments are left out."""
     assert str(reference) == text
     assert not re.search("canary", str(reference))
+
+
+# Vault.
+
+
+def test_a_secret_in_vault_is_read_by_whoever_can() -> None:
+    """What reads it is given, with the table that says how to log in there."""
+    asked: list[Reference] = []
+
+    def reader(reference: Reference) -> Secret:
+        asked.append(reference)
+        return Secret(KEY)
+
+    reference = Reference("vault", "secret/data/llm/admin#key")
+    assert resolve(reference, {}, reader) == Secret(KEY)
+    assert asked == [reference]
+    with pytest.raises(AssertionError):
+        resolve(reference, {})
