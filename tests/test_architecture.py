@@ -56,6 +56,7 @@ TABLE: dict[str, set[str]] = {
     "sources.vault.refusals": set(),
     "sources.vault.methods": {"botocore"},
     "sources.vault.login": set(),
+    "sources.vault.place": set(),
     "sources.vault.source": set(),
     "sources.static": set(),
     "sources.litellm": set(),
@@ -93,7 +94,8 @@ TABLE: dict[str, set[str]] = {
 }
 # The one place that imports downwards, inside functions: a source is chosen by its name.
 CHOICES = {
-    ("sources", f"sources.{name}") for name in ("command", "litellm", "static", "vault.source")
+    ("sources", f"sources.{name}")
+    for name in ("command", "litellm", "static", "vault.place", "vault.source")
 }
 CHOICES.add(("listening", "daemon"))  # it listens first, and loads the rest while clients queue
 

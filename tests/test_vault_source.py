@@ -16,7 +16,8 @@ from keybroker.errors import SourceDenied, SourceError, SourceInvalid, SourceUna
 from keybroker.rotation import Kind
 from keybroker.sources import Source
 from keybroker.sources.held import Held
-from keybroker.sources.vault.source import Vault, read_reference
+from keybroker.sources.vault.place import read_reference
+from keybroker.sources.vault.source import Vault
 from keybroker.values import replace
 from tests.contracts import entry
 from tests.scripted import (

@@ -129,7 +129,7 @@ def _reader(
     vault: Table, environment: Mapping[str, str], held: Held, seconds: float
 ) -> Callable[[Reference], Secret]:
     """Return what reads references that lead to a Vault, in a third of the time of a call."""
-    from keybroker.sources.vault.source import read_reference
+    from keybroker.sources.vault.place import read_reference
 
     return lambda reference: read_reference(reference, vault, environment, held, seconds / 3)
 

@@ -1,0 +1,161 @@
+"""One Vault with a way in: what stands at its paths, and why there is nothing.
+
+See: https://developer.hashicorp.com/vault/api-docs/secret/kv
+"""
+
+import re
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from keybroker.credential import Reference, Secret
+from keybroker.errors import SourceInvalid
+from keybroker.journal import read_time
+from keybroker.sources.held import Held
+from keybroker.sources.http import Reply
+from keybroker.sources.vault.login import Login
+from keybroker.sources.vault.server import Server, part, said
+from keybroker.vault import Vault
+
+PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,19}")  # no key looks like it
+WRONG_KIND = "invalid path for a versioned k/v"
+GONE = re.compile(r"lease not found|invalid lease|no lease entry")
+
+
+class Place:
+    """One Vault, with a way in."""
+
+    def __init__(
+        self, vault: Vault, environment: Mapping[str, str], held: Held, seconds: float
+    ) -> None:
+        self.server = Server(vault, seconds)
+        self.login = Login(vault, self.server, environment, held)
+        self.who = f"vault: {self.server.host}"
+
+    def read(self, path: str, version: int | None = None) -> Reply:
+        """Read a path, whatever is mounted there."""
+        query = {} if version is None else {"version": str(version)}
+        return self.login.ask(
+            lambda client: client.adapter.get(f"/v1/{path}", params=query), path, "read"
+        )
+
+    def invalid(self, path: str, words: str, hint: str | None = None) -> SourceInvalid:
+        return SourceInvalid(f"{self.who}: {path}: {words}"[:200], hint=hint)
+
+    def nothing(self, path: str, reply: Reply, version: int | None = None) -> SourceInvalid:
+        """Return the error for an answer that is no data."""
+        return self.invalid(path, *_why_nothing(path, reply, version))
+
+    def table(self, path: str, reply: Reply, version: int | None = None) -> Mapping[str, Any]:
+        """
+        Return the data of a secret of either kind of KV.
+
+        Raises:
+            SourceInvalid: There is none.
+        """
+        data = part(reply, "data")
+        if is_versioned(data):
+            inner, meta = data["data"], data["metadata"]
+            if inner is None:
+                raise self.invalid(path, *_end_of_version(meta))
+            return inner if isinstance(inner, dict) else {}
+        if reply.status != 200:
+            raise self.nothing(path, reply, version)
+        return data
+
+    def secret(self, path: str, field: str, data: Mapping[str, Any]) -> Secret:
+        """
+        Return what is in a field.
+
+        Raises:
+            SourceInvalid: It is not there, or no key.
+        """
+        if field not in data:
+            there = sorted(name for name in data if PLAIN_NAME.fullmatch(name))[:5]
+            hint = f"it has {', '.join(there)}; see field" if there else "see field"
+            raise self.invalid(path, f"has no field {field}", hint)
+        if not isinstance(data[field], str):
+            raise self.invalid(path, f"field {field} is no text")
+        try:
+            return Secret(data[field])
+        except ValueError as error:
+            hint = f"write it without blanks and line ends: bao kv patch … {field}=-"
+            raise self.invalid(path, f"field {field} is {error}", hint) from None
+
+    def revoke(self, lease_id: str) -> None:
+        """
+        End a lease, and return when it has ended; one that is over is a success.
+
+        Raises:
+            SourceError: It was not confirmed.
+        """
+        path = "sys/leases/revoke"
+        body = {"lease_id": lease_id, "sync": True}
+        reply = self.login.ask(lambda client: client.write_data(path, data=body), path, "update")
+        if reply.status >= 300 and not GONE.search(said(reply)):
+            raise self.invalid(path, f"did not end a lease ({reply.status})")
+
+
+def read_reference(
+    reference: Reference,
+    vault: Vault,
+    environment: Mapping[str, str],
+    held: Held,
+    seconds: float = 8.0,
+) -> Secret:
+    """
+    Read the secret that `path#field` names.
+
+    Raises:
+        SourceError: Vault could not be asked, forbids it, or has no such secret.
+        ConfigError: What a login needs is not there.
+    """
+    path, _, field = str(reference.value).partition("#")
+    place = Place(vault, environment, held, seconds)
+    try:
+        return place.secret(path, field, place.table(path, place.read(path)))
+    finally:
+        place.server.close()
+
+
+def is_versioned(data: Mapping[str, Any]) -> bool:
+    """Tell an answer of KV 2 from a secret of KV 1."""
+    return isinstance(data.get("metadata"), dict) and "data" in data
+
+
+def _end_of_version(meta: Mapping[str, Any]) -> tuple[str, str]:
+    """Say what became of a version whose data are gone."""
+    version = meta.get("version")
+    which = f"version {version}" if isinstance(version, int) else "its version"
+    if meta.get("destroyed") is True:
+        return f"{which} was destroyed", "write a new version"
+    try:
+        when = f" on {day(read_time(meta.get('deletion_time')))}"
+    except (ValueError, TypeError, OverflowError):
+        when = ""
+    return f"{which} was deleted{when}", "write a new version, or undelete it"
+
+
+def _why_nothing(path: str, reply: Reply, version: int | None) -> tuple[str, str]:
+    """Say why there is nothing at a path, and what to type."""
+    text = said(reply)
+    if WRONG_KIND in text:
+        mount, _, rest = path.partition("/")
+        return "is a path of KV 1, and what is mounted there is KV 2", f"path = {mount}/data/{rest}"
+    if "namespace not found" in text:
+        return "there is no such namespace", "see namespace"
+    if "no handler for route" in text or "unsupported path" in text:
+        return "nothing is mounted there", "see path; bao secrets list shows what there is"
+    if "unknown role" in text or "failed to find entry for connection" in text:
+        return "has no such role, or no connection for it", "see path, and the engine's roles"
+    if reply.status == 404 and version is not None:
+        return f"there is no version {version}", "see version; or leave it out, for the newest"
+    if reply.status == 404:
+        return "there is nothing at this path", "see path"
+    if reply.status == 405:
+        return "cannot be read so (405)", "see path, engine and parameters"
+    return f"will not be read ({reply.status})", "try it by hand: bao read …"
+
+
+def day(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%d %H:%M}Z"
