@@ -12,10 +12,10 @@ from threading import Thread
 
 import pytest
 
-from benchmarks import measure
+from benchmarks import beside, measure
 from benchmarks.measure import BEGIN, END, Figure, UnmeasurableError
 from benchmarks.programs import ask_often, compile_parts, output, seconds, seconds_at_once
-from benchmarks.stage import ask, floor, furnish, has_key, listens, resident, wake_ups
+from benchmarks.stage import ask, floor, furnish, has_key, listens, resident, unshared, wake_ups
 from keybroker.cli.status import helper_command
 from keybroker.config import load
 
@@ -78,7 +78,7 @@ def test_the_server_in_c_answers_all(parts: Path, tmp_path: Path) -> None:
         assert ask(server.socket, "work") == f"ok {home.key}\n"
         assert has_key(server.socket, "work")
         assert listens(server.socket)
-        assert 0 < resident(server.pid) < 100
+        assert 0 < unshared(server.pid) < resident(server.pid) < 100
         assert wake_ups(server.pid) > 0
     assert not listens(server.socket)
     assert ask(server.socket, "work") == ""
@@ -190,3 +190,43 @@ def test_the_configuration_is_one(tmp_path: Path, often: bool) -> None:
     assert home.helper[0] == sys.executable
     assert home.native in (None, (*helper_command(str(home.socket), "work"),))
     assert home.native != home.helper
+
+
+@pytest.mark.servers
+def test_a_daemon_and_an_agent_follow_the_same_secret(tmp_path: Path) -> None:
+    """Both notice that it was rotated, and the server's log tells their requests apart."""
+    names = ["work", "other"]
+    with (
+        beside.desk(names) as desk,
+        beside.follower(tmp_path / "f", desk, names, "1s") as ours,
+        beside.renderer(desk, names, "1s") as theirs,
+    ):
+        readers: dict[str, beside.Follower | beside.Renderer] = {"ours": ours, "theirs": theirs}
+        before = {who: desk.requests(one.role) for who, one in readers.items()}
+        first = dict(desk.kept)
+        taken = beside.until_noticed(desk, {"work": 0.5, "other": 0.0}, readers)
+        assert {who: len(found) for who, found in taken.items()} == {"ours": 2, "theirs": 2}
+        assert all(0 <= one < beside.PATIENCE_SECONDS for found in taken.values() for one in found)
+        for who, one in readers.items():
+            assert [one.key(name) for name in names] == [desk.kept[name] for name in names]
+            assert desk.requests(one.role) >= before[who] + 2
+        assert set(first.values()).isdisjoint(desk.kept.values())
+        assert desk.accepts(first["work"])
+        desk.end(first["work"])
+        assert not desk.accepts(first["work"])
+        assert wake_ups(theirs.agent.pid) > 0
+        assert output(ours.home.helper, ours.home.environment) == desk.kept["work"]
+
+
+@pytest.mark.servers
+def test_what_is_never_noticed_is_no_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader that reads too seldom ends the wait."""
+    monkeypatch.setattr(beside, "PATIENCE_SECONDS", 2.0)
+    with (
+        beside.desk(["work"]) as desk,
+        beside.follower(tmp_path / "f", desk, ["work"], "5m") as ours,
+        pytest.raises(UnmeasurableError, match="never noticed"),
+    ):
+        beside.until_noticed(desk, {"work": 0.0}, {"ours": ours})

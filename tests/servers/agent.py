@@ -29,8 +29,8 @@ class Agent(Api):
         role_id: Of the AppRole it logs in with.
         secret_id: Of the same.
         mount: Where this method is enabled.
-        templates: What is to be rendered, by the name that `rendered` takes. Secrets that have no
-            lease are read again each second.
+        templates: What is to be rendered, by the name that `rendered` takes.
+        interval: How often secrets are read again that have no lease.
         proxy: Run `bao proxy` instead, which renders nothing.
 
     Attributes:
@@ -46,14 +46,27 @@ class Agent(Api):
         *,
         mount: str = "approle",
         templates: Mapping[str, str] | None = None,
+        interval: str = "1s",
         proxy: bool = False,
     ) -> None:
         self._server = server
         self._login = {"role_id": role_id, "secret_id": secret_id}
         self._mount = mount
         self._templates = dict(templates or {})
+        self._interval = interval
         self._command = "proxy" if proxy else "agent"
         self._stack = ExitStack()
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        assert self._child
+        return self._child.pid
+
+    @property
+    def log(self) -> str:
+        """What it printed so far."""
+        return (self.folder / "agent.log").read_text()
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -92,7 +105,7 @@ class Agent(Api):
             ],
         }
         if self._templates:
-            configuration["template_config"] = {"static_secret_render_interval": "1s"}
+            configuration["template_config"] = {"static_secret_render_interval": self._interval}
             configuration["template"] = [
                 {"contents": text, "destination": str(self.folder / name), "perms": "0600"}
                 for name, text in self._templates.items()
