@@ -135,6 +135,8 @@ class Broker:
         self._asked: dict[int, _Profile] = {}  # by request
         self._heap: list[tuple[datetime, str]] = []
         self._held = {session.key: session for session in held}
+        self._beginning: dict[int, str] = {}  # requests that may log in, and to what
+        self._behind: dict[str, set[str]] = {}  # profiles that wait for that, by what they want
         self._changed: dict[str, None] = {}  # to be looked at now, in this order
         self.ready: dict[str, Handout] = {}
         self.news: list[News] = []
@@ -450,6 +452,8 @@ class Broker:
         """Take in what workers answered."""
         for answer in answers:
             self.hold(answer.sessions)
+            for name in self._behind.pop(self._beginning.pop(answer.id, ""), ()):
+                self._change(self._profiles[name])
             at_work = self._asked.pop(answer.id, None)
             if at_work is None or at_work.busy is None:
                 continue
@@ -761,12 +765,22 @@ class Broker:
         )  # of the key, or of the profile
         if isinstance(step, rotation.Verify):
             at_work.check = False
-        if not isinstance(step, rotation.Verify | rotation.Publish | rotation.Retire):
-            values["session"] = self.session(issuer)
+        opens = ""
+        if issuer.vault and not isinstance(
+            step, rotation.Verify | rotation.Publish | rotation.Retire
+        ):
+            values["session"] = session = self.session(issuer)
+            if not self._is_open(session):
+                opens = session_of(issuer.vault)
+                if opens in self._beginning.values():  # one login, whoever needs it
+                    self._behind.setdefault(opens, set()).add(at_work.name)
+                    return
         seconds = calls + EXTRA_SECONDS
         number = self._workers.send(issuer.type, op, seconds, urgent=at_work.asked, **values)
         at_work.busy = (number, step, label)
         self._asked[number] = at_work
+        if opens:
+            self._beginning[number] = opens
 
     # sessions of sources
 
@@ -788,6 +802,12 @@ class Broker:
             self._workers.send(
                 "cache", "keep", EXTRA_SECONDS, kept=session, wrap_key=self._wrap_key
             )
+
+    def _is_open(self, session: Session | None) -> bool:
+        """Say whether a session can be used without a login, as far as its end tells."""
+        if session is None or session.secret is None:
+            return False
+        return session.expires_at is None or self._clock.read().wall < session.expires_at
 
     def _log_in_again(self, issuer: Issuer) -> None:
         """Let a login that failed be tried at once: something may be better now."""

@@ -12,16 +12,27 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from keybroker import rotation, worker
+from keybroker.broker import Broker
 from keybroker.config import Profile, parse
 from keybroker.credential import Credential, Lease, Secret, Session, Verdict
 from keybroker.document import Where
 from keybroker.errors import SourceDenied, SourceError, SourceInvalid, SourceUnavailable
 from keybroker.journal import decode_lease, encode_lease
+from keybroker.pool import Answer
 from keybroker.rotation import Kind
 from keybroker.slots import Event, Key, Record, Slots, fold
 from keybroker.sources import Capabilities
 from keybroker.vault import session_of
-from tests.world import START, Crash, DaemonWorld, Gateway, GatewayKey, GatewaySource, Time
+from tests.world import (
+    START,
+    WRAP_KEY,
+    Crash,
+    DaemonWorld,
+    Gateway,
+    GatewayKey,
+    GatewaySource,
+    Time,
+)
 
 HOUR = 3600.0
 COMMON = settings(
@@ -478,3 +489,77 @@ def test_a_login_that_was_refused_is_not_tried_by_everybody() -> None:
 def test_a_crash_is_no_failure_of_the_world() -> None:
     """The world of these tests has crashes of its own kind; none passes for an error of ours."""
     assert not issubclass(Crash, Exception)
+
+
+class Recorder:
+    """Workers that answer when they are told to."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, str]] = []
+
+    def send(
+        self, kind: str, op: str, seconds: float, /, *, urgent: bool = False, **values: Any
+    ) -> int:
+        self.sent.append((kind, op))
+        return len(self.sent)
+
+
+def two_kinds() -> list[Profile]:
+    """A source of Vault's, and one whose admin key is there: they log in as one."""
+    table = {
+        "address": "http://127.0.0.1:1",
+        "auth": {"method": "approle", "role_id": "r", "secret_id": {"env": "SECRET_ID"}},
+    }
+    base = {"base_url": "http://127.0.0.1:2"}
+    kept = {"type": "vault", "path": "secret/data/llm/key"}
+    admin = {"type": "litellm", "admin": {"vault": "secret/data/llm/admin#key"}}
+    profiles = {"a": {**base, "source": kept}, "b": {**base, "source": admin}}
+    document = {"vault": table, "profiles": profiles}
+    return list(parse(document, Where({}, "test"), (), {}).profiles.values())
+
+
+def broker(workers: Recorder, held: list[Session]) -> Broker:
+    return Broker(
+        two_kinds(),
+        [],
+        {},
+        workers,
+        instance="0a1b2c3d",
+        wrap_key=WRAP_KEY,
+        held=held,
+        mints={"a", "b"},
+        clock=Time(),
+        roll=lambda: 0.5,
+        reread=list,
+    )
+
+
+def test_two_that_need_the_same_login_do_not_both_try() -> None:
+    """Of two kinds of worker one waits for the other: what can be had once is asked for once."""
+    workers = Recorder()
+    made = broker(workers, [])
+    made.turn()
+    assert workers.sent == [("vault", "poll")]
+    made.turn()
+    assert len(workers.sent) == 1
+
+    made.take([Answer(1, None, SourceUnavailable("vault: is sealed"), ())])
+    made.turn()
+
+    assert workers.sent == [("vault", "poll"), ("litellm", "issue")]
+
+
+def test_with_a_session_nobody_waits() -> None:
+    workers = Recorder()
+    session = Session(session_of(two_kinds()[0].issuer.vault), 1, Secret("s.1"))
+    broker(workers, [session]).turn()
+
+    assert sorted(workers.sent) == [("litellm", "issue"), ("vault", "poll")]
+
+
+def test_a_session_that_has_ended_is_none() -> None:
+    workers = Recorder()
+    name = session_of(two_kinds()[0].issuer.vault)
+    broker(workers, [Session(name, 1, Secret("s.1"), START, START)]).turn()
+
+    assert len(workers.sent) == 1
