@@ -39,11 +39,11 @@ from keybroker.errors import (
 from keybroker.handout import Handout, News, Sealed
 from keybroker.journal import decode_lease
 from keybroker.label import new_label
+from keybroker.logins import Logins
 from keybroker.pool import Answer
 from keybroker.rotation import Kind, Policy
 from keybroker.slots import Event, Key, Record, Slots, Trouble, change, fold, replay, without
 from keybroker.values import dataclass, field, replace
-from keybroker.vault import session_of
 
 EXTRA_SECONDS = 4.0  # a worker's hard timer beyond its calls' own deadlines
 ASKED_AGAIN = timedelta(seconds=5)  # who asks in vain has a failed call tried again this early
@@ -134,9 +134,7 @@ class Broker:
         self._profiles: dict[str, _Profile] = {}
         self._asked: dict[int, _Profile] = {}  # by request
         self._heap: list[tuple[datetime, str]] = []
-        self._held = {session.key: session for session in held}
-        self._beginning: dict[int, str] = {}  # requests that may log in, and to what
-        self._behind: dict[str, set[str]] = {}  # profiles that wait for that, by what they want
+        self._logins = Logins(held)
         self._changed: dict[str, None] = {}  # to be looked at now, in this order
         self.ready: dict[str, Handout] = {}
         self.news: list[News] = []
@@ -193,7 +191,7 @@ class Broker:
         at_work = self._profiles[name]
         at_work.slots = rotation.hurried(at_work.slots)
         at_work.resting = False
-        self._log_in_again(at_work.policy.issuer)
+        self._logins.forgive(at_work.policy.issuer)
         self._change(at_work)
 
     def ask(self, name: str) -> None:
@@ -252,8 +250,8 @@ class Broker:
         """Take the key of the cache, and what it opened, now that the keyring is open."""
         self._wrap_key, self._origin, self._locked = wrap_key, origin, ()
         for session in held:
-            self._held.setdefault(session.key, session)
-        for session in self._held.values():
+            self._logins.take(session)
+        for session in self._logins:
             self._keep(session)
         for at_work in self._profiles.values():
             current = at_work.slots.current
@@ -292,7 +290,7 @@ class Broker:
     def retry(self) -> None:
         """Try again what failed, read anew what others keep: something may be better now."""
         for at_work in self._profiles.values():
-            self._log_in_again(at_work.policy.issuer)
+            self._logins.forgive(at_work.policy.issuer)
             if at_work.policy.kind is Kind.FOLLOWED and at_work.profile is not None:
                 at_work.slots = rotation.hurried(at_work.slots)
                 self._change(at_work)
@@ -452,7 +450,7 @@ class Broker:
         """Take in what workers answered."""
         for answer in answers:
             self.hold(answer.sessions)
-            for name in self._behind.pop(self._beginning.pop(answer.id, ""), ()):
+            for name in self._logins.answered(answer.id):
                 self._change(self._profiles[name])
             at_work = self._asked.pop(answer.id, None)
             if at_work is None or at_work.busy is None:
@@ -765,56 +763,36 @@ class Broker:
         )  # of the key, or of the profile
         if isinstance(step, rotation.Verify):
             at_work.check = False
-        opens = ""
-        if issuer.vault and not isinstance(
-            step, rotation.Verify | rotation.Publish | rotation.Retire
-        ):
-            values["session"] = session = self.session(issuer)
-            if not self._is_open(session):
-                opens = session_of(issuer.vault)
-                if opens in self._beginning.values():  # one login, whoever needs it
-                    self._behind.setdefault(opens, set()).add(at_work.name)
-                    return
+        now = self._clock.read().wall
+        asks = not isinstance(step, rotation.Verify | rotation.Publish | rotation.Retire)
+        if asks and self._logins.must_wait(issuer, at_work.name, now):
+            return
+        if asks:
+            values["session"] = self.session(issuer)
         seconds = calls + EXTRA_SECONDS
         number = self._workers.send(issuer.type, op, seconds, urgent=at_work.asked, **values)
         at_work.busy = (number, step, label)
         self._asked[number] = at_work
-        if opens:
-            self._beginning[number] = opens
+        if asks:
+            self._logins.asked(issuer, number, now)
 
     # sessions of sources
 
     def session(self, issuer: Issuer) -> Session | None:
         """Return what an issuer is asked with, where it wants a session."""
-        return self._held.get(session_of(issuer.vault)) if issuer.vault else None
+        return self._logins.of(issuer)
 
     def hold(self, sessions: Iterable[Session]) -> None:
         """Keep what a worker began or renewed, sealed where that is possible."""
         for session in sessions:
-            known = self._held.get(session.key)
-            if known is not None and known.serial >= session.serial:
-                continue
-            self._held[session.key] = session
-            self._keep(session)
+            if self._logins.take(session):
+                self._keep(session)
 
     def _keep(self, session: Session) -> None:
         if self._wrap_key is not None and (session.secret or session.kept):
             self._workers.send(
                 "cache", "keep", EXTRA_SECONDS, kept=session, wrap_key=self._wrap_key
             )
-
-    def _is_open(self, session: Session | None) -> bool:
-        """Say whether a session can be used without a login, as far as its end tells."""
-        if session is None or session.secret is None:
-            return False
-        return session.expires_at is None or self._clock.read().wall < session.expires_at
-
-    def _log_in_again(self, issuer: Issuer) -> None:
-        """Let a login that failed be tried at once: something may be better now."""
-        session = self.session(issuer)
-        if session is not None and session.failures:
-            anew = replace(session, failures=0, not_before=None, trouble=None)
-            self._held[session.key] = replace(anew, serial=session.serial + 1)
 
     # taking in
 

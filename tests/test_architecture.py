@@ -63,6 +63,7 @@ TABLE: dict[str, set[str]] = {
     "worker": set(),
     "pool": set(),
     "handout": set(),
+    "logins": set(),
     "broker": set(),
     "standing": set(),
     "outcomes": set(),

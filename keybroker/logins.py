@@ -1,0 +1,67 @@
+"""The sessions of sources: kept for the workers, sealed, begun by one of those that need them."""
+
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+
+from keybroker.credential import Issuer, Session
+from keybroker.values import replace
+from keybroker.vault import session_of
+
+
+class Logins:
+    """What one process knows of the sessions that its workers begin, renew and use."""
+
+    def __init__(self, held: Iterable[Session]) -> None:
+        self._held = {session.key: session for session in held}
+        self._beginning: dict[int, str] = {}  # requests that may log in, and to what
+        self._behind: dict[str, set[str]] = {}  # profiles that wait for that, by what they want
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(self._held.values())
+
+    def of(self, issuer: Issuer) -> Session | None:
+        """Return what an issuer is asked with; None without one, or where none is wanted."""
+        return self._held.get(session_of(issuer.vault)) if issuer.vault else None
+
+    def take(self, session: Session) -> bool:
+        """Go on with a session, unless a newer one is known; say whether it was taken."""
+        known = self._held.get(session.key)
+        if known is not None and known.serial >= session.serial:
+            return False
+        self._held[session.key] = session
+        return True
+
+    def forgive(self, issuer: Issuer) -> None:
+        """Let a login that failed be tried at once: something may be better now."""
+        session = self.of(issuer)
+        if session is not None and session.failures:
+            anew = replace(session, failures=0, not_before=None, trouble=None)
+            self._held[session.key] = replace(anew, serial=session.serial + 1)
+
+    def must_wait(self, issuer: Issuer, profile: str, now: datetime) -> bool:
+        """Say whether somebody else is logging in to the same; the profile is told of the end."""
+        if self._is_open(issuer, now):
+            return False
+        name = session_of(issuer.vault)
+        if name not in self._beginning.values():
+            return False
+        self._behind.setdefault(name, set()).add(profile)
+        return True
+
+    def asked(self, issuer: Issuer, number: int, now: datetime) -> None:
+        """Note a request that may log in."""
+        if not self._is_open(issuer, now):
+            self._beginning[number] = session_of(issuer.vault)
+
+    def answered(self, number: int) -> set[str]:
+        """Return the profiles that waited for a request's end."""
+        return self._behind.pop(self._beginning.pop(number, ""), set())
+
+    def _is_open(self, issuer: Issuer, now: datetime) -> bool:
+        """Say whether an issuer can be asked without a login, as far as a session's end tells."""
+        if not issuer.vault:
+            return True
+        session = self.of(issuer)
+        if session is None or session.secret is None:
+            return False
+        return session.expires_at is None or now < session.expires_at
