@@ -189,10 +189,8 @@ class Broker:
     def hurry(self, name: str) -> None:
         """Ask for a new key at once."""
         at_work = self._profiles[name]
-        at_work.slots = rotation.hurried(at_work.slots)
-        at_work.resting = False
-        self._logins.forgive(at_work.policy.issuer)
-        self._change(at_work)
+        self._forgive(at_work)
+        self._hurry(at_work)
 
     def ask(self, name: str) -> None:
         """
@@ -290,7 +288,7 @@ class Broker:
     def retry(self) -> None:
         """Try again what failed, read anew what others keep: something may be better now."""
         for at_work in self._profiles.values():
-            self._logins.forgive(at_work.policy.issuer)
+            self._forgive(at_work)
             if at_work.policy.kind is Kind.FOLLOWED and at_work.profile is not None:
                 at_work.slots = rotation.hurried(at_work.slots)
                 self._change(at_work)
@@ -475,6 +473,11 @@ class Broker:
         self.replan()
 
     # deciding
+
+    def _hurry(self, at_work: _Profile) -> None:
+        at_work.slots = rotation.hurried(at_work.slots)
+        at_work.resting = False
+        self._change(at_work)
 
     def _change(self, at_work: _Profile) -> None:
         self._changed[at_work.name] = None
@@ -778,6 +781,12 @@ class Broker:
 
     # sessions of sources
 
+    def _forgive(self, at_work: _Profile) -> None:
+        """A person wants to know now: a login that failed, or has too few rights, is tried anew."""
+        trouble = at_work.slots.trouble
+        denied = trouble is not None and trouble.code == SourceDenied.code
+        self._logins.forgive(at_work.policy.issuer, anew=denied)
+
     def session(self, issuer: Issuer) -> Session | None:
         """Return what an issuer is asked with, where it wants a session."""
         return self._logins.of(issuer)
@@ -789,7 +798,8 @@ class Broker:
                 self._keep(session)
 
     def _keep(self, session: Session) -> None:
-        if self._wrap_key is not None and (session.secret or session.kept):
+        """Have it sealed: a token, and that a password was refused, outlive this process."""
+        if self._wrap_key is not None:
             self._workers.send(
                 "cache", "keep", EXTRA_SECONDS, kept=session, wrap_key=self._wrap_key
             )
@@ -828,7 +838,7 @@ class Broker:
             elif isinstance(step, rotation.Renew) and _is_final(answer.error):
                 at_work.slots = rotation.not_renewable(at_work.slots, label)
                 if isinstance(answer.error, SourceInvalid):  # it is no more
-                    self.hurry(at_work.name)
+                    self._hurry(at_work)
                 at_work.slots = replace(at_work.slots, trouble=_trouble(answer.error))
             else:
                 at_work.slots = rotation.put_off(at_work.slots, label, policy, now, self._roll())
@@ -930,7 +940,7 @@ class Broker:
         if not at_work.doubt and counted is not None:
             at_work.drift = instant.wall - counted
         if verdict.look in (Look.ALIVE, Look.UNVERIFIED):
-            self.hurry(at_work.name)  # the next key's times will be by the clocks as they are now
+            self._hurry(at_work)  # the next key's times will be by the clocks as they are now
         if at_work.doubt and verdict.look is not Look.REFUSED:
             later = rotation.put_off(at_work.slots, label, at_work.policy, now, self._roll())
             at_work.slots = later
@@ -965,12 +975,14 @@ def _rounded(due: datetime, at_work: _Profile, instance: str) -> datetime:
     slots, policy = at_work.slots, at_work.policy
     if policy.hold < ROUNDED:
         return due
-    seconds = 1
+    seconds = 1.0
     current = slots.current
     good = current is not None and current.refused_at is None and not current.condemned
     calm = good and slots.failures == 0 and slots.next is None and not slots.rotate
     if policy.kind is Kind.FOLLOWED and calm:
-        seconds = max(1, min(60, int(policy.poll.total_seconds() / 10)))
+        seconds = rotation.slack(policy).total_seconds()
+        if not seconds:
+            return due
     own = int(sha256(instance.encode())[:8], 16) % seconds
     stamp = -(-(due.timestamp() - own) // seconds) * seconds + own
     return datetime.fromtimestamp(stamp, UTC)

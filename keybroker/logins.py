@@ -31,12 +31,22 @@ class Logins:
         self._held[session.key] = session
         return True
 
-    def forgive(self, issuer: Issuer) -> None:
-        """Let a login that failed be tried at once: something may be better now."""
+    def forgive(self, issuer: Issuer, *, anew: bool = False) -> None:
+        """
+        Let a login that failed be tried at once: something may be better now.
+
+        How often it failed is not forgotten: what would lock a user is tried once more, no more.
+
+        Args:
+            anew: Log in even where there is a token, since that has not the rights it should.
+        """
         session = self.of(issuer)
-        if session is not None and session.failures:
-            anew = replace(session, failures=0, not_before=None, trouble=None)
-            self._held[session.key] = replace(anew, serial=session.serial + 1)
+        if session is None or not (session.not_before or (anew and session.secret)):
+            return
+        secret = None if anew else session.secret
+        self._held[session.key] = replace(
+            session, serial=session.serial + 1, secret=secret, not_before=None
+        )
 
     def must_wait(self, issuer: Issuer, profile: str, now: datetime) -> bool:
         """Say whether somebody else is logging in to the same; the profile is told of the end."""

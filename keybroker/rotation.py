@@ -182,6 +182,13 @@ def _start(key: Key) -> datetime:
     return key.lease.renewed_at or key.lease.issued_at
 
 
+def slack(policy: Policy) -> timedelta:
+    """Return how much earlier than its interval a source may be read, together with others."""
+    if policy.poll < timedelta(seconds=4):
+        return timedelta()
+    return timedelta(seconds=max(1, min(60, policy.poll // timedelta(seconds=10))))
+
+
 def jitter(label: str, life: timedelta) -> timedelta:
     """Return 0 to a tenth of the life, fixed by the label: hosts do not rotate in step."""
     return life * (int(sha256(label.encode())[:8], 16) / 0x1_0000_0000 / 10)
@@ -353,7 +360,7 @@ def _replacement(slots: Slots, policy: Policy, now: datetime) -> Iterator[tuple[
             wanted = stale_at(current, policy)
     if policy.kind is Kind.FOLLOWED:
         if slots.polled_at is not None:
-            regular = slots.polled_at + policy.poll
+            regular = slots.polled_at + policy.poll - slack(policy)
             if current is not None and current.lease.reread_at is not None:
                 regular = min(regular, current.lease.reread_at)
             wanted = regular if wanted is None else min(wanted, regular)

@@ -50,7 +50,7 @@ from keybroker.sources.held import Held
 from keybroker.values import dataclass, field, replace
 
 T = TypeVar("T")
-IDLE_SECONDS = 5.0
+IDLE_SECONDS = 7.0  # above the usual short interval of polls
 CALL = timedelta(seconds=8)  # the longest one, where no profile says otherwise
 MOST_OPEN = 32  # sources, and so connections, at a time
 HELD_SECONDS = 0.5  # an answer is held back for those that follow it

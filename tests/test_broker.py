@@ -662,7 +662,7 @@ def test_an_unchanged_key_is_read_every_five_minutes_and_not_tried_again(host: H
     host.start(following())
     host.ask()
     host.run(HOUR - 1)
-    assert host.owner.reads == 12
+    assert 12 <= host.owner.reads <= 14  # up to a tenth earlier, together with others
     assert host.owner.verified == ["sk-first"]
 
 

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 
 from keybroker import rotation, worker
 from keybroker.broker import Broker
+from keybroker.cache import Cache
 from keybroker.config import Profile, parse
 from keybroker.credential import Credential, Lease, Secret, Session, Verdict
 from keybroker.document import Where
 from keybroker.errors import SourceDenied, SourceError, SourceInvalid, SourceUnavailable
 from keybroker.journal import decode_lease, encode_lease
+from keybroker.logins import Logins
 from keybroker.pool import Answer
 from keybroker.rotation import Kind
 from keybroker.slots import Event, Key, Record, Slots, fold
@@ -25,6 +27,7 @@ from keybroker.sources import Capabilities
 from keybroker.vault import session_of
 from tests.world import (
     START,
+    STATE,
     WRAP_KEY,
     Crash,
     DaemonWorld,
@@ -411,11 +414,11 @@ class LoginSource(EngineSource):
         name = session_of(leased().issuer.vault)
         session = self._held.get(name)
         if session.secret is None:
-            if session.failures:
+            if session.not_before is not None:
                 raise SourceDenied("vault: refused role_id or secret_id")
             self._logins.append(self._engine.time.true)
             if self._engine.out:
-                self._held.put(Session(name, failures=1))
+                self._held.put(Session(name, failures=1, not_before=START))
                 raise SourceDenied("vault: refused role_id or secret_id")
             self._held.put(Session(name, secret=Secret(f"s.{len(self._logins)}")))
         return super().issue(label)
@@ -461,9 +464,6 @@ def test_a_session_is_sealed_and_opened_by_the_next_process() -> None:
     assert b"s.1" not in b"".join(made.disk.files.values())
     assert any(path.name.startswith("session.") for path in made.disk.files)
 
-    from keybroker.cache import Cache
-    from tests.world import STATE, WRAP_KEY
-
     opened = Cache(STATE, WRAP_KEY, made.disk).load_session(name)
     assert opened is not None
     assert opened.secret == Secret("s.1")
@@ -489,6 +489,42 @@ def test_a_login_that_was_refused_is_not_tried_by_everybody() -> None:
 def test_a_crash_is_no_failure_of_the_world() -> None:
     """The world of these tests has crashes of its own kind; none passes for an error of ours."""
     assert not issubclass(Crash, Exception)
+
+
+def test_a_person_may_have_a_login_tried_once_more() -> None:
+    """How often a password was refused is not forgotten: the next one counts on."""
+    issuer = two_kinds()[0].issuer
+    refused = ("denied", "vault: refused the name or the password", "")
+    failed = Session(session_of(issuer.vault), 3, failures=2, not_before=START, trouble=refused)
+    logins = Logins([failed])
+    logins.forgive(issuer)
+
+    tried = logins.of(issuer)
+    assert tried is not None
+    assert (tried.not_before, tried.failures, tried.trouble) == (None, 2, refused)
+    assert tried.serial == 4
+
+
+@pytest.mark.parametrize("anew", [True, False])
+def test_a_token_without_the_right_to_read_is_given_up_by_a_person_alone(anew: bool) -> None:
+    """The policies of its role may have changed since."""
+    issuer = two_kinds()[0].issuer
+    logins = Logins([Session(session_of(issuer.vault), 1, Secret("s.1"))])
+    logins.forgive(issuer, anew=anew)
+
+    found = logins.of(issuer)
+    assert found is not None
+    assert (found.secret is None) is anew
+
+
+def test_a_refused_login_is_sealed() -> None:
+    """The next process does not begin with the same wrong password."""
+    made = LoginWorld(out=True)
+    made.ask()
+    found = Cache(STATE, WRAP_KEY, made.disk).load_session(session_of(leased().issuer.vault))
+
+    assert found is not None
+    assert (found.secret, found.failures, found.not_before) == (None, 1, START)
 
 
 class Recorder:

@@ -578,7 +578,7 @@ ENDLESS = key(life=None, age=HOUR)
         pytest.param(Slots(not_before=LATER), Wait(LATER), id="it failed"),
         pytest.param(Slots(current=ENDLESS), Poll(), id="from the cache, never read here"),
         pytest.param(
-            Slots(current=ENDLESS, polled_at=NOW), Wait(NOW + 5 * MINUTE), id="read just now"
+            Slots(current=ENDLESS, polled_at=NOW), Wait(NOW + 4.5 * MINUTE), id="read just now"
         ),
         pytest.param(
             Slots(current=ENDLESS, polled_at=NOW - 5 * MINUTE), Poll(), id="read 5 min ago"
@@ -609,7 +609,7 @@ ENDLESS = key(life=None, age=HOUR)
         pytest.param(Slots(current=STALE, polled_at=NOW - MINUTE), Poll(), id="its end is near"),
         pytest.param(
             Slots(current=FRESH, polled_at=NOW),
-            Wait(NOW + 5 * MINUTE),
+            Wait(NOW + 4.5 * MINUTE),
             id="its end is far",
         ),
         pytest.param(

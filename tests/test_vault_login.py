@@ -660,7 +660,7 @@ REFUSED: list[tuple[dict[str, Any], Answer, type[KeybrokerError], str, str]] = [
         "lets nobody in: the user is locked, or nothing is mounted at auth/approle",
         "auth list",
     ),
-    (APPROLE, refused(404, "namespace not found"), SourceInvalid, "auth/approle", "namespace"),
+    (APPROLE, refused(404, "namespace not found"), SourceInvalid, "no such namespace", "namespace"),
     (APPROLE, refused(405, "unsupported operation"), SourceInvalid, "(405)", "bao login"),
     (
         USERPASS,

@@ -319,7 +319,9 @@ BAD = {
     "null": ({"key": None}, "field key is no text"),
     "empty": ({"key": ""}, "field key is empty"),
     "blank": ({"key": f"{KEY} x"}, "field key is not one token"),
-    "line end": ({"key": f"{KEY}\n"}, "field key is not one token"),
+    "blank before": ({"key": f" {KEY}"}, "field key is not one token"),
+    "two lines": ({"key": f"{KEY}\nx"}, "field key is not one token"),
+    "a line end alone": ({"key": "\n"}, "field key is empty"),
     "other alphabet": ({"key": f"{KEY}ü"}, "field key is not one token"),
     "too long": ({"key": "x" * 20_000}, "field key is longer than"),
 }
@@ -346,6 +348,13 @@ def test_another_field_may_hold_the_key(make: Make, script: Script) -> None:
     """It is configuration."""
     script.says(KV2, versioned({"password": KEY}))
     assert make(field="password").issue("").secret == Secret(KEY)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n"])
+def test_a_line_end_after_a_key_is_not_part_of_it(make: Make, script: Script, end: str) -> None:
+    """`echo` writes one."""
+    script.says(KV2, versioned({"key": f"{KEY}{end}"}))
+    assert make().issue("").secret == Secret(KEY)
 
 
 # KV 1.
@@ -433,7 +442,7 @@ def test_what_pki_makes_ends_when_it_says(make: Make, script: Script) -> None:
 def test_what_is_no_lease_is_said(make: Make, script: Script) -> None:
     """Nothing was made."""
     error = invalid(make(KV2, engine="dynamic"), "is no lease")
-    assert error.hint == 'set engine = "kv"'
+    assert str(error.hint).startswith('set engine = "kv" or "static-role"')
     assert not error.unknown
 
 

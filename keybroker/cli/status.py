@@ -260,6 +260,8 @@ def _print_details(row: dict[str, Any], found: dict[str, Any]) -> None:
     lid = row["lid"]
     answer = "yes" if lid["safe"] else "no"
     print(f"  lid closed   for {in_words(timedelta(seconds=lid['for_s']))}: {answer}, {lid['why']}")
+    if row["trouble"] and row["trouble"] != (row["last_failure"] or {}).get("message"):
+        print(f"  trouble      {row['trouble']}")
     if row["last_failure"]:
         moment = _time(row["last_failure"]["at"])
         print(f"  last failure {on_the_clock(moment)}  {row['last_failure']['message']}")

@@ -99,7 +99,7 @@ class Login:
             )
         raise SourceDenied(
             f"{self._who}: the token may not {capability} {path}"[:200],
-            hint=f'add to its policy: path "{path}" {{ capabilities = ["{capability}"] }}',
+            hint=_to_allow(path, capability),
         )
 
     def session(self, *, leases: bool = False) -> Session:
@@ -324,6 +324,13 @@ class Login:
                 trouble=(error.code, error.message, error.hint or ""),
             )
         )
+
+
+def _to_allow(path: str, capability: str) -> str:
+    rule = f'add to its policy: path "{path}" {{ capabilities = ["{capability}"] }}'
+    if capability == "read" and "/data/" not in path and not path.startswith("sys/"):
+        return f"a path of KV 2 has /data/ after its mount; else {rule}"
+    return rule
 
 
 def token_of(session: Session) -> str:

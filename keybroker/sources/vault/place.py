@@ -77,9 +77,9 @@ class Place:
         if not isinstance(data[field], str):
             raise self.invalid(path, f"field {field} is no text")
         try:
-            return Secret(data[field])
+            return Secret(data[field].rstrip("\r\n"))  # which `echo` leaves there
         except ValueError as error:
-            hint = f"write it without blanks and line ends: bao kv patch … {field}=-"
+            hint = f"write it without blanks: bao kv patch … {field}=-"
             raise self.invalid(path, f"field {field} is {error}", hint) from None
 
     def revoke(self, lease_id: str) -> None:

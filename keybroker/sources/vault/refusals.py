@@ -153,6 +153,9 @@ def refusal(vault: Vault, host: str, reply: Reply) -> SourceError:
             hint="wait for a quarter of an hour, or see: bao auth list",
         )
     if reply.status == 404:
+        if "namespace not found" in text:
+            there = "such namespace" if vault.namespace is None else f"namespace {vault.namespace}"
+            return SourceInvalid(f"{who} has no {there}", hint="see namespace")
         namespace = "" if vault.namespace is None else f" in the namespace {vault.namespace}"
         return SourceInvalid(
             f"{who} has nothing mounted at auth/{mount}{namespace}",

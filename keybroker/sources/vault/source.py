@@ -28,6 +28,7 @@ from keybroker.vault import read_text
 LONGEST_LEASE = timedelta(hours=24)  # a lease whose answer was lost lives that long
 ENDED_FOR = timedelta(minutes=1)  # a lease that is over, by a server whose clock is behind
 LAST_SECOND = 253_402_300_800  # of the year 9999
+LEASELESS = 'set engine = "kv" or "static-role"; or have the engine make leases (generate_lease)'
 SOONEST_REREAD = timedelta(seconds=5)
 FINAL = re.compile(r"not renewable|past the max ttl|cannot be renewed")
 
@@ -218,9 +219,7 @@ class Vault(Followed):
             raise self._place.nothing(self._path, reply)
         lease_id = _lease_id(reply)
         if lease_id is None:
-            raise self._place.invalid(
-                self._path, "is no lease: what is there is kept", 'set engine = "kv"'
-            )
+            raise self._place.invalid(self._path, "is no lease: what is there is kept", LEASELESS)
         try:
             return self._granted(lease_id, reply)
         except SourceInvalid as error:
