@@ -35,9 +35,6 @@ AGENT = f"`bao agent` ({NEWEST})"
 NAMES = ("work", *(f"followed-{number}" for number in range(7)))
 REFUSED = tuple(f"refused-{number}" for number in range(12))
 OFTEN, OFTEN_SECONDS, SELDOM = "5s", 5.0, "5m"
-# The daemon reads a little later than it is told, on whole seconds; the agent sooner. Told this,
-# the daemon asks the server nearly as often as an agent does that is told `OFTEN`.
-AS_OFTEN = "4s"
 ROUNDS = 7
 IDLE_SECONDS = 60
 ASKS = 10
@@ -55,7 +52,6 @@ def measure(folder: Path, say: Callable[[str], None]) -> Iterator[Figure]:
     with ExitStack() as stack:
         at = stack.enter_context(desk([*NAMES, *REFUSED]))
         ours = stack.enter_context(follower(folder / "often", at, NAMES, OFTEN))
-        equal = stack.enter_context(follower(folder / "equal", at, NAMES, AS_OFTEN))
         resting = stack.enter_context(follower(folder / "seldom", at, NAMES, SELDOM))
         asked = stack.enter_context(follower(folder / "refused", at, REFUSED, SELDOM))
         theirs = stack.enter_context(renderer(at, NAMES, OFTEN))
@@ -65,7 +61,7 @@ def measure(folder: Path, say: Callable[[str], None]) -> Iterator[Figure]:
         refused = pool.submit(_refused, at, asked)
         woken = [wake_ups(one) for one in (resting.pid, other.agent.pid)]
         ends = time.monotonic() + IDLE_SECONDS
-        found = list(_noticed(at, ours, equal, theirs, refused.result))
+        found = list(_noticed(at, ours, theirs, refused.result))
         time.sleep(max(0.0, ends - time.monotonic()))
         after = [wake_ups(one) for one in (resting.pid, other.agent.pid)]
         yield from found
@@ -76,14 +72,10 @@ def measure(folder: Path, say: Callable[[str], None]) -> Iterator[Figure]:
 
 
 def _noticed(
-    at: Desk,
-    ours: Follower,
-    equal: Follower,
-    theirs: Renderer,
-    refused: Callable[[], list[float]],
+    at: Desk, ours: Follower, theirs: Renderer, refused: Callable[[], list[float]]
 ) -> Iterator[Figure]:
     """Rotate every secret some times, each at a moment of its own, and count what they read."""
-    readers: dict[str, Follower | Renderer] = {"ours": ours, "equal": equal, "theirs": theirs}
+    readers: dict[str, Follower | Renderer] = {"ours": ours, "theirs": theirs}
     before = {who: at.requests(one.role) for who, one in readers.items()}
     began = time.monotonic()
     taken: dict[str, list[float]] = {who: [] for who in readers}
@@ -96,23 +88,17 @@ def _noticed(
     middle = {who: median(found) for who, found in taken.items()}
     longest = {who: max(found) for who, found in taken.items()}
 
-    def words(number: Mapping[str, float], who: str = "equal", unit: str = "s") -> str:
-        return _each((number[who], number["theirs"]), unit)
+    def words(number: Mapping[str, float], unit: str = "s") -> str:
+        return _each((number["ours"], number["theirs"]), unit)
 
     n = len(taken["ours"])
     about = (
         f"a rotated secret until the daemon hands its key out, of until {AGENT} has it in its file "
-        f"({words(middle)}), at {words(rates, unit='reads a minute')}"
+        f"({words(middle)}), both told to read each {OFTEN}: {words(rates, 'reads a minute')}"
     )
-    yield Figure("agent.notice", about, middle["equal"] / middle["theirs"], n)
+    yield Figure("agent.notice", about, middle["ours"] / middle["theirs"], n, 1.2)
     about = f"the longest of these ({words(longest)})"
-    yield Figure("agent.notice.longest", about, longest["equal"] / longest["theirs"], n)
-    about = (
-        f"the first with both told to read each {OFTEN} "
-        f"({words(middle, 'ours')}, at most {words(longest, 'ours')}), "
-        f"at {words(rates, 'ours', 'reads a minute')}"
-    )
-    yield Figure("agent.notice.told", about, middle["ours"] / middle["theirs"], n)
+    yield Figure("agent.notice.longest", about, longest["ours"] / longest["theirs"], n)
     again = refused()
     about = (
         f"a rotated key until a session that the gateway refuses has the new one "
@@ -253,7 +239,7 @@ def _deleted(at: Desk, ours: Follower, theirs: Renderer) -> Iterator[Figure]:
         f"the key once the gateway refuses it, printed by the helper in {ASKS} asks, one a second "
         f"(then status {statuses[helper]}), of by `cat` (status {statuses[cat]})"
     )
-    yield Figure("agent.deleted.dead", about, dead[helper] / max(1, dead[cat]), ASKS, 0.3)
+    yield Figure("agent.deleted.dead", about, dead[helper] / max(1, dead[cat]), ASKS, 0.4)
 
 
 def _trouble(ours: Follower) -> str:

@@ -365,7 +365,8 @@ def _replacement(slots: Slots, policy: Policy, now: datetime) -> Iterator[tuple[
                 regular = min(regular, current.lease.reread_at)
             wanted = regular if wanted is None else min(wanted, regular)
             if not slots.rotate:  # a source that has not rotated yet is asked no more often
-                wanted = max(wanted, slots.polled_at + min(policy.poll, timedelta(seconds=5)))
+                least = min(policy.poll - slack(policy), timedelta(seconds=5))
+                wanted = max(wanted, slots.polled_at + least)
         yield max(wanted or now, slots.not_before or now), Poll()
         return
     if wanted is None:
