@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from benchmarks.beside import desk, follow
 from benchmarks.measure import Figure, UnmeasurableError, interleaved, ratio
 from benchmarks.stage import Server, children, daemon, furnish, mints, resident, wake_ups
 from keybroker.devgateway import DevGateway
@@ -35,7 +36,9 @@ def _after_refreshes(folder: Path) -> Iterator[Figure]:
     number = iter(range(ROUNDS))
 
     def ours() -> float:
-        with DevGateway() as gateway:
+        names = [f"vault-{each}" for each in range(EACH_KIND)]
+        with desk(names) as at:
+            gateway = at.gateway
             home = furnish(
                 folder / f"often{next(number)}",
                 gateway.url,
@@ -45,6 +48,8 @@ def _after_refreshes(folder: Path) -> Iterator[Figure]:
                 static=EACH_KIND,
                 often=True,
             )
+            follow(home.path, at, names, "500ms")
+            home.profiles += names
             with daemon(home) as server:
                 if not wait_until(lambda: mints(gateway) >= REFRESHES, PATIENCE_SECONDS):
                     raise UnmeasurableError(f"{mints(gateway)} keys minted, {REFRESHES} wanted")

@@ -22,10 +22,12 @@ from tests.servers.vaultapi import Kv
 
 PATIENCE_SECONDS = 30.0
 LOOK_SECONDS = 0.01  # between two looks at what a reader has
-VAULT = """\
+FIRST = """\
 default = "{default}"
 [cache]
 key = "file"
+"""
+VAULT = """\
 [vault]
 address = "{address}"
 [vault.auth]
@@ -123,21 +125,30 @@ class Follower:
         return ask(self.home.socket, name).removeprefix("wait\n").removeprefix("ok ").rstrip("\n")
 
 
+def follow(folder: Path, at: Desk, names: Sequence[str], interval: str) -> str:
+    """Add a profile for each secret to a configuration; return the role that reads them."""
+    role = f"daemon-{secrets.token_hex(4)}"
+    role_id, secret_id = at.role(role)
+    text = VAULT.format(address=at.bao.url, role_id=role_id, folder=folder)
+    for name in names:
+        url, path = at.gateway.url, at.kv.path(name)
+        text += FOLLOWED.format(name=name, url=url, path=path, interval=interval)
+    (folder / "secret-id").touch(0o600)
+    (folder / "secret-id").write_text(secret_id)
+    with (folder / "config.toml").open("a") as file:
+        file.write(text)
+    return role
+
+
 @contextmanager
 def follower(folder: Path, at: Desk, names: Sequence[str], interval: str) -> Iterator[Follower]:
     """Run a daemon that reads secrets, each as often as it is told."""
     home = Home(folder, profiles=list(names))
     for below in ("run", "state"):
         (folder / below).mkdir(mode=0o700, parents=True)
-    role = f"daemon-{secrets.token_hex(4)}"
-    role_id, secret_id = at.role(role)
-    text = VAULT.format(default=names[0], address=at.bao.url, role_id=role_id, folder=folder)
-    for name in names:
-        url, path = at.gateway.url, at.kv.path(name)
-        text += FOLLOWED.format(name=name, url=url, path=path, interval=interval)
-    for file, content in (("secret-id", secret_id), ("config.toml", text)):
-        (folder / file).touch(0o600)
-        (folder / file).write_text(content)
+    (folder / "config.toml").touch(0o600)
+    (folder / "config.toml").write_text(FIRST.format(default=names[0]))
+    role = follow(folder, at, names, interval)
     with daemon(home) as server:
         made = Follower(home, server.pid, role)
         if any(made.key(name) != at.kept[name] for name in names):

@@ -7,8 +7,9 @@ import stat
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from keybroker.carry import decode_session, encode_session
 from keybroker.clock import Instant
 from keybroker.credential import Credential, Issuer, Secret, Session, sha256
 from keybroker.errors import CacheError, CacheLocked, CacheUnreadable, ConfigError
@@ -26,7 +27,6 @@ from keybroker.values import dataclass
 T = TypeVar("T")
 MAGIC = b"keybroker cache 1\n"
 SESSION = "session."  # before a session's key; no profile's name has a dot
-_TIMES_OF_SESSION = ("issued_at", "expires_at", "renewed_at", "not_before")
 CREDENTIAL = "keybroker-wrap-key"  # the name of the systemd credential
 
 
@@ -140,40 +140,6 @@ class Cache:
 
     def _file(self, profile: str) -> Path:
         return sealed_file(self._directory.parent, profile)
-
-
-def encode_session(session: Session) -> dict[str, Any]:
-    """Return a session as it is sealed, and handed over a worker's pipe; secrets leave here."""
-    values: dict[str, Any] = {"key": session.key, "serial": session.serial}
-    for name in ("secret", "kept"):
-        if (secret := getattr(session, name)) is not None:
-            values[name] = secret.reveal()
-    for name in _TIMES_OF_SESSION:
-        if (moment := getattr(session, name)) is not None:
-            values[name] = write_time(moment)
-    values.update(renewable=session.renewable, material=session.material)
-    values.update(failures=session.failures, trouble=session.trouble)
-    return values
-
-
-def decode_session(found: Mapping[str, Any]) -> Session:
-    """Read a session back; ValueError, KeyError or TypeError when it is not one."""
-    trouble = found["trouble"]
-    times: dict[str, datetime] = {n: read_time(found[n]) for n in _TIMES_OF_SESSION if n in found}
-    return Session(
-        key=str(found["key"]),
-        serial=int(found["serial"]),
-        secret=Secret(found["secret"]) if "secret" in found else None,
-        kept=Secret(found["kept"]) if "kept" in found else None,
-        issued_at=times.get("issued_at"),
-        expires_at=times.get("expires_at"),
-        renewed_at=times.get("renewed_at"),
-        not_before=times.get("not_before"),
-        renewable=bool(found["renewable"]),
-        material=str(found["material"]),
-        failures=int(found["failures"]),
-        trouble=None if trouble is None else (trouble[0], trouble[1], trouble[2]),
-    )
 
 
 def sealed_file(state: Path, profile: str) -> Path:

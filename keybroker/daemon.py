@@ -18,6 +18,7 @@ from typing import Any
 import keybroker
 from keybroker import (
     __version__,
+    document,
     guidance,
     kernel,
     listening,
@@ -30,7 +31,7 @@ from keybroker import (
 from keybroker.answering import Answers, Job
 from keybroker.audit import Audit
 from keybroker.broker import Broker
-from keybroker.cache import decode_session
+from keybroker.carry import decode_session
 from keybroker.clock import Clock
 from keybroker.config import load
 from keybroker.credential import Issuer, Secret
@@ -104,6 +105,7 @@ class Daemon:
         self._timer = kernel.clock_set_timer()
         self._config_files = paths.config_files(os.environ)
         self._config = load(self._config_files)
+        document.forget_reader()
         self._pool = Pool(state, os.environ, begun.lock)
         self._broker: Broker | None = None
         self._name_variables()
@@ -426,6 +428,7 @@ class Daemon:
             self._log.once("error", text, about="config")
             return error
         finally:
+            document.forget_reader()
             listening.notify("READY=1")
         self._log.over("the configuration is good again", about="config")
         changed = fresh != self._config

@@ -1,9 +1,10 @@
 """TOML files that only their owner can write, merged, with the place of every key."""
 
+import gc
 import os
 import re
 import stat
-import tomllib
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,13 +64,27 @@ def read(files: Sequence[Path]) -> Document:
             continue
         found.append(file)
         try:
-            document = tomllib.loads(text)
+            document = _load(text)
         except (ValueError, RecursionError) as error:  # not all of them are TOMLDecodeError
             raise ConfigError(f"{file}:{_toml_problem(error, text)}") from None
         for gone in _merge(tables, document):
             places = {k: place for k, place in places.items() if k[: len(gone)] != gone}
         places.update({path: f"{file}:{line}" for path, line in key_lines(text).items()})
     return Document(tables, Where(places, str(found[-1] if found else "config")), tuple(found))
+
+
+def forget_reader() -> None:
+    """Give back what reading took: a process that stays reads seldom."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tomllib"]:
+        del sys.modules[name]
+    re.purge()
+    gc.collect()
+
+
+def _load(text: str) -> dict[str, Any]:
+    import tomllib
+
+    return tomllib.loads(text)
 
 
 def _merge(into: dict[str, Any], document: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -166,7 +181,7 @@ def _masked(quoted: re.Match[str]) -> str:
 
 def _path(key: str) -> tuple[str, ...]:
     """Read `a."b c".d` as its parts."""
-    found: Any = tomllib.loads(f"{key} = 0")
+    found: Any = _load(f"{key} = 0")
     parts = []
     while isinstance(found, dict):
         [(part, found)] = found.items()

@@ -16,12 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from keybroker import vault
-from keybroker.cache import decode_session, encode_session
+from keybroker.carry import decode_session, encode_session
 from keybroker.clock import Instant
 from keybroker.config import Config, Profile
 from keybroker.credential import Credential, Issuer, Lease, Secret, Session
 from keybroker.errors import CLASSES, KeybrokerError, SourceError, SourceUnavailable
-from keybroker.journal import decode, encode_issuer, encode_lease, write_time
+from keybroker.journal import (
+    decode,
+    encode_issuer,
+    encode_lease,
+    write_time,
+)
 from keybroker.slots import Record
 from keybroker.values import dataclass, field
 

@@ -23,7 +23,8 @@ from typing import Any, TypeVar
 
 from keybroker import kernel, sources
 from keybroker.audit import Audit
-from keybroker.cache import Cache, Cached, decode_session, encode_session, find_wrap_key
+from keybroker.cache import Cache, Cached, find_wrap_key
+from keybroker.carry import decode_session, encode_session
 from keybroker.clock import Clock, Instant
 from keybroker.config import Profile, read_profile
 from keybroker.credential import Credential, Issuer, Lease, Secret, Session

@@ -41,6 +41,7 @@ TABLE: dict[str, set[str]] = {
     "guidance": set(),
     "chain": set(),
     "journal": set(),
+    "carry": set(),
     "audit": set(),
     "oskeyring": {"keyring", "secretstorage"},
     "cache": {"cryptography"},
@@ -104,6 +105,7 @@ CHOICES.add(("listening", "daemon"))  # it listens first, and loads the rest whi
 REVEALS = {
     "pool": "the pipe to a worker",
     "worker": "the pipe back",
+    "carry": "a session, to a worker or to be sealed",
     "cache": "seals it, and is sealed with the wrap key",
     "answering": "gives it to the one who asked, through the socket",
     "cli.keys": "prints it for the one who asked",

@@ -11,7 +11,8 @@ from typing import Any
 
 from keybroker import listening, paths, wire
 from keybroker.broker import Broker
-from keybroker.cache import WrapKey, decode_session
+from keybroker.cache import WrapKey
+from keybroker.carry import decode_session
 from keybroker.clock import Clock
 from keybroker.config import Config, Profile, load
 from keybroker.credential import Issuer, Secret, Session
