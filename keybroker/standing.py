@@ -9,7 +9,8 @@ from keybroker.broker import Broker
 from keybroker.config import Profile
 from keybroker.guidance import environment, ttl_reason
 from keybroker.journal import write_time
-from keybroker.slots import Key, Slots
+from keybroker.rotation import Policy
+from keybroker.slots import Key, Open, Slots
 
 _WORDS: dict[type, str] = {
     rotation.Issue: "mint a new key",
@@ -58,15 +59,7 @@ def _row(broker: Broker, profile: Profile) -> dict[str, Any]:
         "expires_at": None,
         "survives_outage_s": 0.0,
         "trouble": None if trouble is None else trouble.message,
-        "open": [
-            {
-                "label": o.label,
-                "since": write_time(o.since),
-                "looks": o.looks,
-                "at": str(o.issuer),
-            }
-            for o in slots.open
-        ],
+        "open": [_open(one, policy) for one in slots.open],
         "retired": [_key(k) for k in slots.retired],
         "environment": environment(profile),
         "ttl_reason": ttl_reason(profile),
@@ -98,6 +91,18 @@ def _next(slots: Slots, profile: Profile, now: datetime) -> tuple[str, datetime 
         return "none", None
     later = rotation.next_step(slots, profile.policy, step.until)
     return _WORDS.get(type(later), "none"), step.until
+
+
+def _open(one: Open, policy: Policy) -> dict[str, Any]:
+    """Return a call without an outcome: what it made is looked up, or else ends by itself."""
+    ends = one.since + policy.timeout + one.lifetime
+    return {
+        "label": one.label,
+        "since": write_time(one.since),
+        "looks": one.looks,
+        "at": str(one.issuer),
+        "ends_at": write_time(ends),
+    }
 
 
 def _key(key: Key) -> dict[str, Any]:

@@ -300,7 +300,8 @@ def _print_keys(keys: list[dict[str, Any]], opened: list[dict[str, Any]]) -> Non
         print(f"  retired      {key['fingerprint']}  {when}{why}{ends}")
     for one in opened:
         since = f"since {on_the_clock(_time(one['since']))}, {one['looks']} looks"
-        print(f"  unfinished   {one['label']}  {since}")
+        ends = f"what it made ends by itself by {on_the_clock(_time(one['ends_at']))}"
+        print(f"  unfinished   {one['label']}  {since}, {ends}")
 
 
 def _time(text: str) -> datetime:
