@@ -45,6 +45,7 @@ from keybroker.rotation import Kind, Policy
 from keybroker.slots import Event, Key, Record, Slots, Trouble, change, fold, replay, without
 from keybroker.values import dataclass, field, replace
 
+RENEWAL_SECONDS = 8.0  # of a session
 EXTRA_SECONDS = 4.0  # a worker's hard timer beyond its calls' own deadlines
 ASKED_AGAIN = timedelta(seconds=5)  # who asks in vain has a failed call tried again this early
 _NEVER = datetime.max.replace(tzinfo=UTC)
@@ -159,6 +160,7 @@ class Broker:
                 hold = max((k.hold for k in left.keys), default=timedelta())
                 policy = Policy(Kind.MINTED, first, hold)
                 self._profiles[name] = _Profile(name, None, policy, left, self._clock.read())
+        self._logins.know(one.policy.issuer for one in self._profiles.values())
         self.replan()
 
     def now(self, name: str | None = None) -> datetime:
@@ -283,12 +285,20 @@ class Broker:
             if name not in wanted:
                 at_work.profile = None
                 self._clean(at_work)
+        self._logins.know(one.policy.issuer for one in self._profiles.values())
         self.replan()
 
-    def retry(self) -> None:
-        """Try again what failed, read anew what others keep: something may be better now."""
+    def retry(self, *, by_hand: bool = False) -> None:
+        """
+        Try again what failed, read anew what others keep: something may be better now.
+
+        Args:
+            by_hand: A person says so, for whom a refused login is tried once more. One that is
+                made with something else now is tried in any case.
+        """
         for at_work in self._profiles.values():
-            self._forgive(at_work)
+            if by_hand:
+                self._forgive(at_work)
             if at_work.policy.kind is Kind.FOLLOWED and at_work.profile is not None:
                 at_work.slots = rotation.hurried(at_work.slots)
                 self._change(at_work)
@@ -436,9 +446,11 @@ class Broker:
                 self._look(self._profiles[name])
         while self._heap and not self._is_due(*self._heap[0]):
             heapq.heappop(self._heap)
+        renewal = self._renew_sessions(now)
         if self._changed:
             return now
-        return self._heap[0][0] if self._heap else None
+        times = [self._heap[0][0]] if self._heap else []
+        return min(times if renewal is None else [*times, renewal], default=None)
 
     @property
     def busy(self) -> bool:
@@ -797,6 +809,22 @@ class Broker:
             if self._logins.take(session):
                 self._keep(session)
 
+    def _renew_sessions(self, now: datetime) -> datetime | None:
+        """Have those renewed that nobody asks with; return when the next one is due."""
+        if not self._mints:
+            return None
+        late, due = self._logins.due(now)
+        for issuer in late:
+            self._workers.send(
+                issuer.type,
+                "renew_session",
+                RENEWAL_SECONDS + EXTRA_SECONDS,
+                vault=issuer.vault,
+                session=self.session(issuer),
+            )
+            self._logins.renewing(issuer, now)
+        return due
+
     def _keep(self, session: Session) -> None:
         """Have it sealed: a token, and that a password was refused, outlive this process."""
         if self._wrap_key is not None:
@@ -832,8 +860,8 @@ class Broker:
         now, policy = self._plan_time(at_work, self._clock.read()), at_work.policy
         if answer.error is not None:
             if isinstance(step, rotation.Issue | rotation.Poll):
-                if isinstance(step, rotation.Poll) and isinstance(answer.error, SourceInvalid):
-                    at_work.slots = replace(at_work.slots, withdrawn=not answer.error.unknown)
+                gone = isinstance(answer.error, SourceError) and answer.error.withdrawn
+                at_work.slots = replace(at_work.slots, withdrawn=gone)
                 self._fail(at_work, answer.error)
             elif isinstance(step, rotation.Renew) and _is_final(answer.error):
                 at_work.slots = rotation.not_renewable(at_work.slots, label)

@@ -4,7 +4,8 @@ import binascii
 import json
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
@@ -93,6 +94,13 @@ class Cache:
             CacheLocked, CacheUnreadable: As of a profile's.
         """
         return self._open(SESSION + key, lambda data: decode_session(json.loads(data)))
+
+    def prune_sessions(self, kept: Container[str]) -> None:
+        """Remove the files of all other sessions."""
+        for path in self._directory.glob(f"{SESSION}*.sealed"):
+            if path.name.removeprefix(SESSION).removesuffix(".sealed") not in kept:
+                with suppress(OSError):
+                    self._disk.remove(path)
 
     def _seal(self, name: str, data: bytes) -> None:
         if self._key is None:

@@ -20,7 +20,7 @@ def encode_session(session: Session) -> dict[str, Any]:
         if (moment := getattr(session, name)) is not None:
             values[name] = write_time(moment)
     values.update(renewable=session.renewable, material=session.material)
-    values.update(failures=session.failures, trouble=session.trouble)
+    values.update(failures=session.failures, refusals=session.refusals, trouble=session.trouble)
     return values
 
 
@@ -40,5 +40,6 @@ def decode_session(found: Mapping[str, Any]) -> Session:
         renewable=bool(found["renewable"]),
         material=str(found["material"]),
         failures=int(found["failures"]),
+        refusals=int(found["refusals"]),
         trouble=None if trouble is None else (trouble[0], trouble[1], trouble[2]),
     )

@@ -227,7 +227,11 @@ class Profile:
                 f"profiles.{self.name}.source.max_budget: a budget of each key starts anew at "
                 "each rotation; set it for the user or team at the gateway to limit the sum"
             )
-        for name, url in (("base_url", self.base_url), ("source.url", self.source.get("url"))):
+        places = [("base_url", self.base_url), ("source.url", self.source.get("url"))]
+        if self.vault is not None:
+            nodes = (self.vault.address, *self.vault.nodes)
+            places += [("vault", url) for url in nodes]
+        for name, url in places:
             if url and url.startswith("http://") and not is_loopback(url):
                 found.append(f"profiles.{self.name}.{name}: http:// sends keys in clear")
         if self.verify == "none":

@@ -118,6 +118,7 @@ class Lease:
         session: The fingerprint of the session that it is bound to, where its end is also the
             lease's.
         session_ends: When that session ends, as far as was known.
+        own_end: When it would end by itself, should the session be renewed.
         written_at: When a key that somebody else rotates was written; an answer with an earlier
             one is out of date.
         reread_at: When its keeper says that it is worth reading again.
@@ -132,6 +133,7 @@ class Lease:
     renewed_at: datetime | None = None
     session: str = ""
     session_ends: datetime | None = None
+    own_end: datetime | None = None
     written_at: datetime | None = None
     reread_at: datetime | None = None
 
@@ -157,7 +159,8 @@ class Session:
         secret: None where the last login failed, or was never tried.
         material: The fingerprint of what was logged in with; another may do better.
         kept: What can be had only once and is needed for each login: an unwrapped secret_id.
-        failures: Logins in a row that were refused or failed.
+        failures: Logins or renewals in a row that were refused or failed.
+        refusals: How often its material was refused, whatever came in between.
         not_before: No other login is tried before, unless the material changed.
         trouble: What the last login said: the error's code, message and hint.
     """
@@ -172,6 +175,7 @@ class Session:
     material: str = ""
     kept: Secret | None = None
     failures: int = 0
+    refusals: int = 0
     not_before: datetime | None = None
     trouble: tuple[str, str, str] | None = None
 

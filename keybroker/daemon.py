@@ -275,6 +275,7 @@ class Daemon:
             kind=self._config.cache_key,
             profiles=list(self._config.profiles),
             sessions=sessions(self._config, self._issuers()),
+            prune=True,
         )
 
     def _take(self, answers: list[Answer]) -> None:
@@ -586,7 +587,7 @@ class Daemon:
         if problem is not None:
             raise problem
         if self._broker is not None:
-            self._broker.retry()
+            self._broker.retry(by_hand=True)
         if math.isfinite(self._unlock_at):
             self._open_cache()
         client.send(wire.answer({"profiles": sorted(self._config.profiles)}), last=True)

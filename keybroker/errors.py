@@ -32,6 +32,7 @@ class SourceError(KeybrokerError):
 
     `unknown` says that the call may have taken effect all the same: a time-out is not a failure.
     `over` says of such a call that it was answered, with an error: it cannot take effect later.
+    `withdrawn` says that whoever keeps the key told so: there is none any more.
     `retry_after` is the server's own wish, where it gave one.
     """
 
@@ -42,11 +43,13 @@ class SourceError(KeybrokerError):
         hint: str | None = None,
         unknown: bool = False,
         over: bool = False,
+        withdrawn: bool = False,
         retry_after: timedelta | None = None,
     ) -> None:
         super().__init__(message, hint=hint)
         self.unknown = unknown
         self.over = over
+        self.withdrawn = withdrawn
         self.retry_after = retry_after
 
 

@@ -13,7 +13,9 @@ from keybroker.slots import Event, Key, Record, replay
 from keybroker.values import replace
 
 COMPACT_ABOVE = 400  # records
-_TIMES_OF_LEASE = ("expires_at", "renewed_at", "session_ends", "written_at", "reread_at")
+_TIMES_OF_LEASE = (
+    *("expires_at", "renewed_at", "session_ends", "own_end", "written_at", "reread_at"),
+)
 
 
 class Journal:

@@ -1,11 +1,13 @@
 """The sessions of sources: kept for the workers, sealed, begun by one of those that need them."""
 
 from collections.abc import Iterable, Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from keybroker.credential import Issuer, Session
 from keybroker.values import replace
 from keybroker.vault import session_of
+
+RENEWALS_APART = timedelta(seconds=2)
 
 
 class Logins:
@@ -14,6 +16,8 @@ class Logins:
     def __init__(self, held: Iterable[Session]) -> None:
         self._held = {session.key: session for session in held}
         self._beginning: dict[int, str] = {}  # requests that may log in, and to what
+        self._wanted: dict[str, Issuer] = {}
+        self._renewing: dict[str, datetime] = {}
         self._behind: dict[str, set[str]] = {}  # profiles that wait for that, by what they want
 
     def __iter__(self) -> Iterator[Session]:
@@ -43,10 +47,45 @@ class Logins:
         session = self.of(issuer)
         if session is None or not (session.not_before or (anew and session.secret)):
             return
+        if session.key in self._beginning.values():  # it is being tried
+            return
         secret = None if anew else session.secret
         self._held[session.key] = replace(
             session, serial=session.serial + 1, secret=secret, not_before=None
         )
+
+    def know(self, issuers: Iterable[Issuer]) -> None:
+        """Take note of who is asked with sessions from now on: theirs are kept alive."""
+        self._wanted = {session_of(one.vault): one for one in issuers if one.vault}
+
+    def due(self, now: datetime) -> tuple[list[Issuer], datetime | None]:
+        """
+        Say whose sessions nobody has renewed in time, and when the next one is due.
+
+        Who asks renews at half of what was granted; this is for those whom nobody asks.
+        """
+        late, times = [], []
+        for name, issuer in self._wanted.items():
+            session = self._held.get(name)
+            if session is None or not session.renewable or session.secret is None:
+                continue
+            since = session.renewed_at or session.issued_at
+            if session.expires_at is None or since is None or now >= session.expires_at:
+                continue
+            at = since + (session.expires_at - since) * 0.6
+            if session.not_before is not None:  # it failed a while ago
+                at = max(at, session.not_before)
+            if name in self._renewing:  # and its answer may have been lost
+                at = max(at, self._renewing[name] + RENEWALS_APART)
+            if at > now:
+                times.append(at)
+            else:
+                late.append(issuer)
+        return late, min(times, default=None)
+
+    def renewing(self, issuer: Issuer, now: datetime) -> None:
+        """Note a request that renews a session."""
+        self._renewing[session_of(issuer.vault)] = now
 
     def must_wait(self, issuer: Issuer, profile: str, now: datetime) -> bool:
         """Say whether somebody else is logging in to the same; the profile is told of the end."""

@@ -427,6 +427,7 @@ def decode_error(found: Mapping[str, Any]) -> KeybrokerError:
             found["message"],
             hint=found.get("hint"),
             unknown=bool(found.get("unknown")),
+            withdrawn=bool(found.get("withdrawn")),
             retry_after=None if seconds is None else timedelta(seconds=seconds),
         )
     return kind(found["message"], hint=found.get("hint"))

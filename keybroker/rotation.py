@@ -254,7 +254,7 @@ def live(slots: Slots, policy: Policy, now: datetime) -> int:
 
 
 def _ended(key: Key, now: datetime) -> bool:
-    ends = key.lease.expires_at
+    ends = key.lease.own_end or key.lease.expires_at
     return ends is not None and now >= ends + min(ENDED_AFTER, (ends - key.lease.issued_at) / 4)
 
 

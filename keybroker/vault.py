@@ -216,8 +216,15 @@ def with_variables(raw: Mapping[str, Any], environment: Mapping[str, str]) -> di
 
 
 def variables(text: str) -> set[str]:
-    """Return the variables of the environment that a login by a table as JSON needs."""
-    vault = read_text(text)
+    """
+    Return the variables of the environment that a login by a table as JSON needs.
+
+    None of one that this version cannot read: who needs it will say so.
+    """
+    try:
+        vault = read_text(text)
+    except ConfigError:
+        return set()
     names = {str(one.value) for one in _references(vault) if one.kind == "env"}
     return names.union(AWS_VARIABLES) if vault.method == "aws" else names
 

@@ -147,6 +147,11 @@ class Operations:
         self._write("renewed", record)
         return {}
 
+    def renew_session(self, vault: str) -> dict[str, Any]:
+        """Renew a session that nobody has asked with for a while."""
+        sources.keep_session(vault, self.environment, self.held)
+        return {}
+
     def poll(self, profile: Profile) -> dict[str, Any]:
         """Read a followed source."""
         credential = self._source(profile).issue("")
@@ -254,8 +259,15 @@ class Operations:
         found = find_wrap_key(kind, self.state, self.environment)
         return {"key": found.key.reveal() if found.key else None, "origin": found.origin}
 
-    def open(self, kind: str, profiles: list[str], sessions: list[str]) -> dict[str, Any]:
-        """Fetch what seals the cache, and open all of it: what a process begins with."""
+    def open(
+        self, kind: str, profiles: list[str], sessions: list[str], *, prune: bool = False
+    ) -> dict[str, Any]:
+        """
+        Fetch what seals the cache, and open all of it: what a process begins with.
+
+        Args:
+            prune: Remove the sessions that are not named: nobody will ask with them again.
+        """
         opened: dict[str, Any] = {
             "key": None,
             "sealed": {},
@@ -285,6 +297,8 @@ class Operations:
                 session = Cache(self.state, wrap_key, self.disk).load_session(name)
                 if session is not None:
                     opened["sessions"].append(encode_session(session))
+        if prune:
+            Cache(self.state, None, self.disk).prune_sessions(sessions)
         return opened
 
     def keep(self, kept: Session, wrap_key: Secret) -> dict[str, Any]:
@@ -433,7 +447,7 @@ def decode_credential(found: Mapping[str, Any]) -> Credential:
 def encode_error(error: KeybrokerError) -> dict[str, Any]:
     values: dict[str, Any] = {"code": error.code, "message": error.message, "hint": error.hint}
     if isinstance(error, SourceError):
-        values["unknown"] = error.unknown
+        values.update(unknown=error.unknown, withdrawn=error.withdrawn)
         if error.retry_after is not None:
             values["retry_after_s"] = error.retry_after.total_seconds()
     return values

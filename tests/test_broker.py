@@ -21,6 +21,7 @@ from keybroker.errors import (
     NobodyAnswers,
     NotReady,
     SourceDenied,
+    SourceError,
     SourceInvalid,
     SourceUnavailable,
 )
@@ -722,15 +723,21 @@ def test_a_daemon_comes_back_to_a_source_whose_new_value_was_refused(host: Host)
     raise AssertionError("it was not read again")
 
 
-@pytest.mark.parametrize("is_withdrawn", [True, False])
+@pytest.mark.parametrize(
+    ("said", "is_withdrawn"),
+    [
+        (SourceInvalid("static: is deleted", withdrawn=True), True),
+        (SourceInvalid("static: redirects"), False),
+        (SourceUnavailable("static: cannot be read"), False),
+    ],
+)
 def test_a_refused_key_is_condemned_where_its_keeper_has_none(
-    host: Host, is_withdrawn: bool
+    host: Host, said: SourceError, is_withdrawn: bool
 ) -> None:
     """With nothing else that the gateway accepts, a refusal alone may be the gateway's trouble."""
     host.start(following())
     host.ask()
-    gone = SourceInvalid("static: is deleted")
-    host.owner.problem = gone if is_withdrawn else SourceUnavailable("static: cannot be read")
+    host.owner.problem = said
     host.run(6 * MINUTE)
     assert host.ask() == "sk-first"
     host.owner.looks = {"sk-first": Look.REFUSED}

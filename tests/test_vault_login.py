@@ -770,6 +770,8 @@ def test_a_refusal_is_said_in_words_of_ours(
     if auth["method"] == "kubernetes":
         auth = {**auth, "token_path": str(private(tmp_path / "token", f"{CANARY}t"))}
     script.says(PLACES[auth["method"]], answer)
+    if auth["method"] == "token":  # what it reads tells whether it is alive
+        script.says(PATH, answer)
     script.otherwise = answer
     error = fails(kind, desks(auth).read)
     assert error.message.startswith(f"vault: 127.0.0.1:{script.port}: ")
@@ -942,7 +944,51 @@ def test_a_token_that_has_ended_is_said_by_where_it_is(desks: Desks, script: Scr
     error = fails(SourceDenied, desk.read)
     assert "refused the token" in error.message
     fails(SourceDenied, desk.read)
-    assert script.paths() == [SELF, PATH, PATH, SELF, SELF]
+    assert script.paths() == [SELF, PATH, PATH, SELF]
+
+
+def test_a_token_that_may_not_look_at_itself_is_used(desks: Desks, script: Script) -> None:
+    """Its policy lacks `default`: how long it lives is not known, and what it reads is."""
+    script.says(SELF, FORBIDDEN)
+    desk = desks({"method": "token", "token": {"env": "KB_TOKEN"}})
+    desk.read()
+    desk.read()
+    assert script.paths() == [SELF, PATH, PATH]
+
+
+def test_a_token_that_ends_this_second_is_no_root_token(desks: Desks, script: Script) -> None:
+    """Its ttl is 0, as that of one without an end; it has a time to expire."""
+    script.says(SELF, looked(0, expire_time="2026-11-21T12:00:00Z"))
+    desk = desks({"method": "token", "token": {"env": "KB_TOKEN"}})
+    fails(SourceDenied, desk.read)
+    assert PATH not in script.paths()
+
+
+@pytest.mark.parametrize("kind", ["command", "env"])
+def test_what_a_program_prints_anew_each_time_is_no_reason_to_try_again(
+    desks: Desks, script: Script, kind: str
+) -> None:
+    """A token of CI's is another at each look, and as good or bad as the one before."""
+    program = ["python3", "-c", "import os; print('jwt' + os.urandom(8).hex())"]
+    named = {"command": program} if kind == "command" else {"env": "KB_JWT"}
+    login = PLACES["jwt"]
+    script.says(login, refused(400, "invalid audience (aud) claim"))
+    desk = desks({"method": "jwt", "jwt": named})
+    for _ in range(4):
+        fails(SourceDenied, desk.read)
+    assert script.paths() == [login]
+
+
+def test_refusals_of_a_password_count_whatever_comes_between(desks: Desks, script: Script) -> None:
+    """An outage between two of them does not make it right: the third would lock the user."""
+    login = PLACES["userpass"]
+    wrong = refused(400, "invalid username or password")
+    script.says(login, wrong, refused(503, "Vault is sealed"), wrong, wrong)
+    desk = desks({"method": "userpass", "username": "ada/l", "password": {"env": "KB_PASSWORD"}})
+    for kind in (SourceDenied, SourceUnavailable, *[SourceDenied] * 4):
+        fails(kind, desk.read)
+        desk.aged(timedelta(minutes=10))
+    assert script.paths().count(login) == 3
 
 
 # Agents.

@@ -12,6 +12,8 @@ from keybroker.sources.held import Held
 from keybroker.vault import Vault as Table
 from keybroker.vault import read_text
 
+RENEWAL_SECONDS = 8.0  # the longest that a session's renewal takes
+
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
@@ -132,6 +134,19 @@ def _reader(
     from keybroker.sources.vault.place import read_reference
 
     return lambda reference: read_reference(reference, vault, environment, held, seconds / 3)
+
+
+def keep_session(text: str, environment: Mapping[str, str], held: Held) -> None:
+    """
+    Renew the session of a Vault, given as its table.
+
+    Raises:
+        SourceError, ConfigError: It could not be renewed, and no login was to be had.
+    """
+    from keybroker.sources.vault.place import keep_session
+    from keybroker.vault import read_text
+
+    keep_session(read_text(text), environment, held, RENEWAL_SECONDS)
 
 
 def check_hand_out(secret: Secret, profile: Profile) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from keybroker.credential import Secret, Session, fingerprint
+from keybroker.credential import Reference, Secret, Session, fingerprint
 from keybroker.errors import (
     CLASSES,
     ConfigError,
@@ -20,18 +20,19 @@ from keybroker.errors import (
 from keybroker.sources.held import Held
 from keybroker.sources.http import Reply
 from keybroker.sources.vault import methods
-from keybroker.sources.vault.refusals import refusal
+from keybroker.sources.vault.refusals import ended, refusal
 from keybroker.sources.vault.server import Call, Server, part, said, seconds
 from keybroker.values import replace
 from keybroker.vault import PASSWORDS, Vault
 
 SHORTEST_BACKOFF = timedelta(seconds=1)
 LONGEST_BACKOFF = timedelta(minutes=5)
+LONGEST_REST = timedelta(hours=1)  # a server's own wish included
 NEVER = timedelta(days=3650)
 MOST_REFUSALS = 2  # of a password; a few more lock the user
 CLEARLY_LESS = 0.9  # of what a renewal asked for: there is a maximum behind it
 LEAST_MARGIN = timedelta(seconds=1)
-CLEARED: dict[str, Any] = {"failures": 0, "not_before": None, "trouble": None}
+CLEARED: dict[str, Any] = {"failures": 0, "refusals": 0, "not_before": None, "trouble": None}
 
 
 class Login:
@@ -91,6 +92,10 @@ class Login:
                     hint="see its log; it needs auto_auth, and api_proxy with "
                     "use_auto_auth_token = true",
                 )
+            if self._vault.method == "token":  # the same one is all that there is
+                error = ended(self._vault, self._server.host)
+                self._fail(replace(session, secret=None), error)
+                raise error
             # Where the policy does not let a token look at itself, a new one says as little: it
             # is given a rest, so that not every call begins with a login.
             rest = datetime.now(UTC) + LONGEST_BACKOFF if last else None
@@ -116,7 +121,8 @@ class Login:
         if self._vault.method == "agent":
             return self._of_agent() if leases else Session(self._vault.session)
         session, now = self._held.get(self._vault.session), datetime.now(UTC)
-        if not is_alive(session, now) or self._is_replaced(session):
+        given = self._vault.method == "token"
+        if not is_alive(session, now, to_its_end=given) or self._is_replaced(session):
             session = self._enter(session)
         if is_due(session, now) and not (self._rests(session) and session.failures):
             session = self._renew(session)
@@ -142,10 +148,25 @@ class Login:
         return methods.gather(self._vault, self._environment)
 
     def _mark(self, material: methods.Material) -> str:
-        return fingerprint(" ".join(f"{name} {one.fingerprint}" for name, one in material.items()))
+        """
+        Return what tells what is logged in with from another.
+
+        What a program prints, or AWS lends, is another each time, and no better for that.
+        """
+        words = []
+        for name, one in material.items():
+            named = self._vault.auth.get(name)
+            lent = isinstance(named, Reference) and named.kind == "command"
+            lent = lent or self._vault.method == "aws"
+            words.append(f"{name} {named if lent else one.fingerprint}")
+        return fingerprint(" ".join(words))
 
     def _rests(self, session: Session) -> bool:
-        return session.not_before is not None and datetime.now(UTC) < session.not_before
+        """Say whether a login is not to be tried yet; a rest by a clock that was wrong is none."""
+        if session.not_before is None:
+            return False
+        left = session.not_before - datetime.now(UTC)
+        return timedelta(0) < left <= LONGEST_REST or left > NEVER / 2
 
     def _enter(self, session: Session) -> Session:
         """Log in, unless that failed a while ago with the same material."""
@@ -235,10 +256,14 @@ class Login:
     def _adopted(self, token: Secret) -> Session:
         """Look at a token that somebody else made: how long it lives."""
         reply = self._server.ask(lambda client: client.auth.token.lookup_self(), token)
-        if reply.status != 200:
-            raise refusal(self._vault, self._server.host, reply)
+        if reply.status in (401, 403):  # dead, or not allowed to look: what it reads will tell
+            return Session(self._vault.session, secret=token, issued_at=reply.asked_at)
         data = part(reply, "data")
         left = seconds(data.get("ttl"))
+        if reply.status != 200:
+            raise refusal(self._vault, self._server.host, reply)
+        if left is None and data.get("expire_time"):  # this very second
+            raise ended(self._vault, self._server.host)
         if left is None:  # a root token, or one that nobody has to renew
             return Session(self._vault.session, secret=token, issued_at=reply.asked_at)
         whole = seconds(data.get("period")) or seconds(data.get("creation_ttl")) or left
@@ -255,6 +280,11 @@ class Login:
         reply = self._server.ask(lambda client: client.auth.token.lookup_self())
         data = part(reply, "data")
         left = seconds(data.get("ttl"))
+        if reply.status != 200 or (left is None and data.get("expire_time")):
+            raise SourceUnavailable(
+                f"{self._who}: it cannot be told how long the agent's token lives",
+                hint="a lease ends with it; its policy has to allow auth/token/lookup-self",
+            )
         return Session(
             self._vault.session,
             issued_at=reply.asked_at,
@@ -306,10 +336,12 @@ class Login:
         now = datetime.now(UTC)
         again = session.trouble is not None and session.trouble[0] == error.code
         failures = session.failures + 1 if again else 1
-        wait = LONGEST_BACKOFF
+        refusals, wait = session.refusals, LONGEST_BACKOFF
         if isinstance(error, SourceUnavailable):
             wait = _backoff(failures, error)
-        elif self._vault.method in PASSWORDS and failures >= MOST_REFUSALS:
+        else:
+            refusals += 1
+        if refusals >= MOST_REFUSALS and self._vault.method in PASSWORDS:
             wait = NEVER
             error.hint = (
                 f"{error.hint or 'see its log'}; so as not to lock the user, it is not tried "
@@ -320,6 +352,7 @@ class Login:
                 session,
                 secret=session.secret if is_alive(session, now) else None,
                 failures=failures,
+                refusals=refusals,
                 not_before=now + wait,
                 trouble=(error.code, error.message, error.hint or ""),
             )
@@ -346,10 +379,17 @@ def span(session: Session) -> timedelta:
     return session.expires_at - since
 
 
-def is_alive(session: Session, now: datetime) -> bool:
-    """Tell whether a token can still be used, with a margin for the call."""
+def is_alive(session: Session, now: datetime, *, to_its_end: bool = False) -> bool:
+    """
+    Tell whether a token can still be used.
+
+    Args:
+        to_its_end: No other is to be had before it has ended; else with a margin for the call.
+    """
     if session.secret is None or session.expires_at is None:
         return session.secret is not None
+    if to_its_end:
+        return now < session.expires_at
     life = span(session)
     return now < session.expires_at - min(max(LEAST_MARGIN, life / 10), life / 2)
 

@@ -39,12 +39,16 @@ class Place:
             lambda client: client.adapter.get(f"/v1/{path}", params=query), path, "read"
         )
 
-    def invalid(self, path: str, words: str, hint: str | None = None) -> SourceInvalid:
-        return SourceInvalid(f"{self.who}: {path}: {words}"[:200], hint=hint)
+    def invalid(
+        self, path: str, words: str, hint: str | None = None, *, withdrawn: bool = False
+    ) -> SourceInvalid:
+        message = f"{self.who}: {path}: {words}"[:200]
+        return SourceInvalid(message, hint=hint, withdrawn=withdrawn)
 
     def nothing(self, path: str, reply: Reply, version: int | None = None) -> SourceInvalid:
         """Return the error for an answer that is no data."""
-        return self.invalid(path, *_why_nothing(path, reply, version))
+        withdrawn = reply.status == 404 and not said(reply)
+        return self.invalid(path, *_why_nothing(path, reply, version), withdrawn=withdrawn)
 
     def table(self, path: str, reply: Reply, version: int | None = None) -> Mapping[str, Any]:
         """
@@ -57,7 +61,7 @@ class Place:
         if is_versioned(data):
             inner, meta = data["data"], data["metadata"]
             if inner is None:
-                raise self.invalid(path, *_end_of_version(meta))
+                raise self.invalid(path, *_end_of_version(meta), withdrawn=True)
             return inner if isinstance(inner, dict) else {}
         if reply.status != 200:
             raise self.nothing(path, reply, version)
@@ -94,6 +98,20 @@ class Place:
         reply = self.login.ask(lambda client: client.write_data(path, data=body), path, "update")
         if reply.status >= 300 and not GONE.search(said(reply)):
             raise self.invalid(path, f"did not end a lease ({reply.status})")
+
+
+def keep_session(vault: Vault, environment: Mapping[str, str], held: Held, seconds: float) -> None:
+    """
+    Renew a session that is due; it is kept for those who ask seldom.
+
+    Raises:
+        SourceError, ConfigError: As `Login.session`.
+    """
+    place = Place(vault, environment, held, seconds)
+    try:
+        place.login.session()
+    finally:
+        place.server.close()
 
 
 def read_reference(

@@ -138,10 +138,7 @@ def refusal(vault: Vault, host: str, reply: Reply) -> SourceError:
         if (method in known or not known) and re.search(pattern, text):
             return kind(f"{who} {words}", hint=hint.format(where=where, mount=mount) or None)
     if method == "token" and reply.status in (401, 403):
-        return SourceDenied(
-            f"{who} refused the token: it has ended, or never was one",
-            hint=f"put a new one into {where}",
-        )
+        return ended(vault, host)
     if method == "kubernetes" and reply.status == 403:
         return SourceUnavailable(
             f"{who} refused the login, or cannot ask Kubernetes",
@@ -164,6 +161,14 @@ def refusal(vault: Vault, host: str, reply: Reply) -> SourceError:
     return SourceInvalid(
         f"{who} does not take a login by {method} ({reply.status})",
         hint=f"try it by hand: bao login -method={method} -path={mount}",
+    )
+
+
+def ended(vault: Vault, host: str) -> SourceDenied:
+    """Return the error for a token that is no more."""
+    return SourceDenied(
+        f"vault: {host}: refused the token: it has ended, or never was one",
+        hint=f"put a new one into {_where(vault)}",
     )
 
 

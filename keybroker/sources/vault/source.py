@@ -29,6 +29,7 @@ LONGEST_LEASE = timedelta(hours=24)  # a lease whose answer was lost lives that 
 ENDED_FOR = timedelta(minutes=1)  # a lease that is over, by a server whose clock is behind
 LAST_SECOND = 253_402_300_800  # of the year 9999
 LEASELESS = 'set engine = "kv" or "static-role"; or have the engine make leases (generate_lease)'
+NOT_SOON = timedelta(hours=1)
 SOONEST_REREAD = timedelta(seconds=5)
 FINAL = re.compile(r"not renewable|past the max ttl|cannot be renewed")
 
@@ -114,13 +115,15 @@ class Vault(Followed):
             renewed_at=reply.asked_at,
             renewable=reply.value.get("renewable") is True and ends >= enough and not bound,
             session_ends=until,
+            own_end=ends,
         )
 
     def revoke(self, lease: Lease) -> None:
         """End a lease; one that ended by itself a while ago is not asked about."""
         if self.capabilities.kind is not Kind.LEASED:
             return super().revoke(lease)
-        if lease.expires_at is not None and lease.expires_at + ENDED_FOR < datetime.now(UTC):
+        ends = lease.own_end or lease.expires_at
+        if ends is not None and ends + ENDED_FOR < datetime.now(UTC):
             return None
         self._place.server.begin()
         return self._place.revoke(lease.id)
@@ -136,10 +139,12 @@ class Vault(Followed):
         pinned = self._profile.source["version"]
         reply = self._place.read(self._path, pinned)
         if lease_id := _lease_id(reply):
-            self._undo(lease_id)
-            raise self._place.invalid(
+            error = self._place.invalid(
                 self._path, "is made anew for each reader", 'set engine = "dynamic"'
             )
+            error.retry_after = NOT_SOON  # each further look may leave another one behind
+            self._undo(lease_id, error)
+            raise error
         data = self._place.table(self._path, reply, pinned)
         secret = self._place.secret(self._path, self._field, data)
         answer = part(reply, "data")
@@ -172,7 +177,10 @@ class Vault(Followed):
     def _ending(self, lease: Lease, ends: datetime | None) -> Lease:
         if ends is not None and ends <= lease.issued_at:
             raise self._place.invalid(
-                self._path, f"the key in it has ended on {day(ends)}", "put a new one there"
+                self._path,
+                f"the key in it has ended on {day(ends)}",
+                "put a new one there",
+                withdrawn=True,
             )
         return replace(lease, expires_at=ends)
 
@@ -255,6 +263,7 @@ class Vault(Followed):
             revocable=True,
             session=token_of(session),
             session_ends=session.expires_at,
+            own_end=reply.asked_at + life,
         )
         return Credential(secret, lease)
 
@@ -277,14 +286,14 @@ class Vault(Followed):
         lease = Lease(secret.fingerprint, "vault", now, written_at=written, reread_at=again)
         return Credential(secret, lease)
 
-    def _undo(self, lease_id: str, error: SourceError | None = None) -> None:
+    def _undo(self, lease_id: str, error: SourceError) -> None:
         """Give back a lease that is of no use; where that fails, it may be alive."""
         self._place.server.begin()
         try:
             self._place.revoke(lease_id)
         except SourceError:
-            if error is not None:
-                error.unknown = error.over = True
+            error.unknown = error.over = True
+            error.message = f"{error.message}; its lease lives on"[:200]
 
 
 def _lease_id(reply: Reply) -> str | None:
