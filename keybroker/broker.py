@@ -852,7 +852,11 @@ class Broker:
             return
         slots = at_work.slots
         at_work.slots = replace(
-            fresh, failures=slots.failures, not_before=slots.not_before, rotate=slots.rotate
+            fresh,
+            failures=slots.failures,
+            not_before=slots.not_before,
+            rotate=slots.rotate,
+            trouble=slots.trouble,
         )
         self._change(at_work)
 
@@ -945,7 +949,8 @@ class Broker:
             return
         label = f"{at_work.name}:{credential.secret.fingerprint}"
         if current is not None and current.label == label and not current.condemned:
-            slots = replace(slots, current=replace(current, lease=credential.lease), rotate=False)
+            lease = replace(credential.lease, issued_at=current.lease.issued_at)
+            slots = replace(slots, current=replace(current, lease=lease), rotate=False)
             slots = rotation.worked(slots)
         elif slots.next is None or slots.next.label != label:
             key = _followed(label, credential, at_work.policy.issuer, at_work.policy)

@@ -42,6 +42,7 @@ from keybroker.vault import AUTH, PLACE, Vault, read_vault, with_variables
 # How long a lease whose answer was lost may live: longer ones are not taken; or what Vault itself
 # allows where nobody said less.
 LONGEST_LEASE, LONGEST_ORPHAN = timedelta(hours=24), timedelta(hours=768)
+NO_VAULT = "there is no [vault] table that says how to log in to Vault; see docs/vault.md"
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
 GENERAL = {
@@ -358,15 +359,14 @@ def _with_vault(
     if not isinstance(source, dict):
         return raw
     if source.get("type") == "vault":
+        if not vault and "auth" not in source:
+            raise where.error(("profiles", name, "source"), NO_VAULT)
         if "address" in source:  # what is meant for one server is not taken to another
             return {**raw, "source": with_variables(source, environment)}
         return {**raw, "source": with_variables({**vault, **source}, environment)}
     if any(isinstance(value, dict) and "vault" in value for value in source.values()):
         if not vault:
-            raise where.error(
-                ("profiles", name, "source"),
-                "there is no [vault] table that says how to log in to Vault; see docs/vault.md",
-            )
+            raise where.error(("profiles", name, "source"), NO_VAULT)
         return {**raw, "vault": with_variables(vault, environment)}
     return raw
 

@@ -90,7 +90,10 @@ def read_url(value: Any) -> str:
 def read_address(value: Any) -> str:
     """Read an address, or the socket of an agent: unix:/run/vault/agent.sock."""
     if not _text(value) or not value.startswith("unix:"):
-        return read_url(value)
+        found = read_url(value)
+        if found.endswith("/v1"):
+            raise ValueError("expected an address without /v1 after it")
+        return found
     path = value.removeprefix("unix:").removeprefix("//")
     if not path.startswith("/") or not all("!" <= c <= "~" for c in path):
         raise ValueError('expected a path after unix:, such as "unix:/run/vault/agent.sock"')

@@ -109,7 +109,8 @@ def _show(
     failures = {} if briefly else _last_failures(state())
     rows = [row for row in found["profiles"] if profile in (None, row["profile"])]
     for row in rows:
-        row["last_failure"] = failures.get(row["profile"])
+        over = found["daemon"] is not None and not row["trouble"]  # it works again
+        row["last_failure"] = None if over else failures.get(row["profile"])
         row["settings"] = settings(row)
         row["lid"] = _lid(row, lid)
     left = [] if profile else found["unconfigured"]

@@ -65,7 +65,7 @@ def _file(name: str, open_to_others: bool) -> str:
     except OSError as error:
         raise ConfigError(
             f"reference file:{name}: cannot be read ({error.strerror})",
-            hint=None if open_to_others else "put the key there, in a file of mode 0600",
+            hint=None if open_to_others else "put it there, in a file of mode 0600",
         ) from None
     if stat.S_ISREG(mode) and mode & 0o077 and not open_to_others:
         raise ConfigError(

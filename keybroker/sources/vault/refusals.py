@@ -15,6 +15,13 @@ JWT = frozenset({"jwt", "kubernetes"})
 ROWS: tuple[tuple[frozenset[str], str, type[SourceError], str, str], ...] = (
     (
         frozenset({"approle"}),
+        r"missing secret_id",
+        SourceDenied,
+        "wants a secret_id",
+        'set it in the auth table: secret_id = {{ file = "…" }}',
+    ),
+    (
+        frozenset({"approle"}),
         r"invalid (role|secret).?id|invalid role or secret id",
         SourceDenied,
         "refused role_id or secret_id",
@@ -160,7 +167,7 @@ def refusal(vault: Vault, host: str, reply: Reply) -> SourceError:
         )
     return SourceInvalid(
         f"{who} does not take a login by {method} ({reply.status})",
-        hint=f"try it by hand: bao login -method={method} -path={mount}",
+        hint=f"try it by hand: bao write auth/{mount}/login …",
     )
 
 
