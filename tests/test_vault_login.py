@@ -661,7 +661,7 @@ REFUSED: list[tuple[dict[str, Any], Answer, type[KeybrokerError], str, str]] = [
         "auth list",
     ),
     (APPROLE, refused(404, "namespace not found"), SourceInvalid, "no such namespace", "namespace"),
-    (APPROLE, refused(405, "unsupported operation"), SourceInvalid, "(405)", "bao login"),
+    (APPROLE, refused(405, "unsupported operation"), SourceInvalid, "(405)", "bao write auth"),
     (
         USERPASS,
         refused(400, "invalid username or password"),
