@@ -19,7 +19,7 @@ from keybroker.credential import Credential, Lease, Secret, Session, Verdict
 from keybroker.document import Where
 from keybroker.errors import SourceDenied, SourceError, SourceInvalid, SourceUnavailable
 from keybroker.journal import decode_lease, encode_lease
-from keybroker.logins import Logins
+from keybroker.logins import RENEWALS_APART, Logins
 from keybroker.pool import Answer
 from keybroker.rotation import Kind
 from keybroker.slots import Event, Key, Record, Slots, fold
@@ -602,3 +602,71 @@ def test_a_session_that_has_ended_is_none() -> None:
     broker(workers, [Session(name, 1, Secret("s.1"), START, START)]).turn()
 
     assert len(workers.sent) == 1
+
+
+def renewable(seconds: float, **changes: Any) -> Session:
+    """A session of the two that was begun at START and lives so long."""
+    name = session_of(two_kinds()[0].issuer.vault)
+    ends = START + timedelta(seconds=seconds)
+    return Session(name, 1, Secret("s.1"), START, ends, renewable=True, **changes)
+
+
+def test_a_session_that_nobody_asks_with_is_kept_alive() -> None:
+    """Who mints twice a day needs the token all the same: it is renewed before it has ended."""
+    workers, time = Recorder(), Time()
+    made = Broker(
+        two_kinds()[1:],
+        [],
+        {},
+        workers,
+        instance="0a1b2c3d",
+        wrap_key=WRAP_KEY,
+        held=[renewable(3600)],
+        mints={"b"},
+        clock=time,
+        roll=lambda: 0.5,
+        reread=list,
+    )
+    made.turn()
+    made.take([Answer(1, None, SourceDenied("litellm: no"), ())])  # it comes back in five minutes
+    workers.sent.clear()
+    wake = made.turn(8)
+    assert wake is not None
+    time.true = 0.59 * 3600
+    made.turn(8)
+    assert ("litellm", "renew_session") not in workers.sent
+
+    time.true = 0.61 * 3600
+    made.turn(8)
+    made.turn(8)  # its answer is still to come
+
+    assert workers.sent.count(("litellm", "renew_session")) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"renewable": False},
+        {"secret": None},
+        {"expires_at": None},
+        {"expires_at": START},
+        {"not_before": START + timedelta(hours=2)},
+    ],
+)
+def test_a_session_that_cannot_be_renewed_is_left_alone(changes: dict[str, Any]) -> None:
+    issuer = two_kinds()[0].issuer
+    logins = Logins([rotation.replace(renewable(3600), **changes)])
+    logins.know([issuer])
+
+    assert logins.due(START + timedelta(minutes=50))[0] == []
+
+
+def test_a_lost_answer_to_a_renewal_is_asked_for_again_but_not_at_once() -> None:
+    issuer, late = two_kinds()[0].issuer, START + timedelta(minutes=50)
+    logins = Logins([renewable(3600)])
+    logins.know([issuer])
+    assert logins.due(late)[0] == [issuer]
+    logins.renewing(issuer, late)
+
+    assert logins.due(late) == ([], late + RENEWALS_APART)
+    assert logins.due(late + RENEWALS_APART)[0] == [issuer]

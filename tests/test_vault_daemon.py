@@ -441,3 +441,71 @@ def test_nothing_of_vault_s_leaves(
         one.read_bytes() for one in resident.home.path.rglob("*") if one.is_file()
     )
     assert TOKEN.findall(printed.encode() + everything) == []
+
+
+def test_a_token_that_is_asked_with_seldom_does_not_die(
+    resident: Resident, litellm: LiteLLM, openbao: OpenBao, kv: Kv, role: str
+) -> None:
+    """A periodic one that only an admin key's reference needs: it is renewed in between."""
+    kv.put("admin", key=litellm.master_key)
+    openbao.policy(role, {kv.path("admin"): ["read"]})
+    token = openbao.new_token([role, "default"], period="4s")["client_token"]
+    write(resident.home.path / "token", token)
+    resident.configure(
+        f'[vault]\naddress = "{openbao.url}"\n[vault.auth]\nmethod = "token"\n'
+        f'token = {{ file = "{resident.home.path / "token"}" }}\n'
+        f'[profiles.work]\nbase_url = "{litellm.url}"\n[profiles.work.source]\n'
+        f'type = "litellm"\nadmin = {{ vault = "{kv.path("admin")}#key" }}\n'
+    )
+    resident.start()
+    first = resident.key()
+    time.sleep(9)
+
+    status, _, said = resident.cli("rotate", "work")
+
+    assert status == 0, said
+    assert resident.key() != first
+    assert resident.cli("revoke", "work")[0] == 0
+
+
+def test_refusals_alone_end_no_key_that_its_keeper_did_not_withdraw(
+    following: Resident, gateway: DevGateway, kv: Kv
+) -> None:
+    """The secret cannot be read for another reason, and the gateway may be in trouble."""
+    key = following.key()
+    kv.put("llm", other="x")  # the field is gone: somebody's mistake
+    until(lambda: "has no field key" in str(following.row()["trouble"]))
+    ended(gateway, key)
+    me = threading.get_native_id()
+
+    replies = [following.ask("work", me, 60_000) for _ in range(3)]
+
+    assert replies[-1] == f"ok {key}"
+
+
+def test_sources_of_different_kinds_share_one_login(
+    resident: Resident,
+    gateway: DevGateway,
+    litellm: LiteLLM,
+    openbao: OpenBao,
+    kv: Kv,
+    role: str,
+) -> None:
+    """With a secret_id that works once: whoever comes first logs in for all."""
+    kv.put("llm", key=minted(gateway), admin=litellm.master_key)
+    path = kv.path("llm")
+    table = vault_table(resident, openbao, role, {path: ["read"]}, secret_id_num_uses=1)
+    resident.configure(
+        table
+        + source(gateway.url, path, name="kept")
+        + f'[profiles.fixed]\nbase_url = "{gateway.url}"\n[profiles.fixed.source]\n'
+        f'type = "static"\nkey = {{ vault = "{path}#key" }}\n'
+        f'[profiles.made]\nbase_url = "{litellm.url}"\n[profiles.made.source]\n'
+        f'type = "litellm"\nadmin = {{ vault = "{path}#admin" }}\n'
+    )
+    resident.start()
+
+    assert resident.key("kept") == resident.key("fixed")
+    assert resident.key("made").startswith("sk-")
+    assert logins(openbao, role) == 1
+    assert resident.cli("revoke", "made")[0] == 0

@@ -302,6 +302,21 @@ def test_a_port_that_is_the_usual_one_may_be_named(
         assert read(server).status == 200
 
 
+@pytest.mark.parametrize("makes", [True, False])
+def test_what_makes_something_is_not_made_twice(script: Script, makes: bool) -> None:
+    """A server that failed may have made it all the same; a read may be tried elsewhere."""
+    script.says(PATH, refused(500, "internal error"))
+    with Script() as other:
+        other.says(PATH, GOOD)
+        with opened(script.url, nodes=[other.url]) as server:
+            if makes:
+                error = fails(SourceUnavailable, lambda: read(server, makes=True))
+                assert getattr(error, "unknown", False)
+            else:
+                assert read(server).status == 200
+        assert other.paths() == ([] if makes else [PATH])
+
+
 def test_nodes_that_send_each_other_are_left(script: Script) -> None:
     """A few hops, and no more."""
     with Script() as other:
