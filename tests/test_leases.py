@@ -318,6 +318,38 @@ def test_no_lease_is_forgotten_by_a_crash(
         patch.undo()
 
 
+@pytest.mark.parametrize("side", ["before", "after"])
+@pytest.mark.parametrize("who", ["worker", "both"])
+@pytest.mark.parametrize("effect", ["renew", "renewed", "keep"])
+def test_no_lease_is_forgotten_by_a_crash_at_its_own_effects(
+    monkeypatch: pytest.MonkeyPatch, effect: str, who: str, side: str
+) -> None:
+    """What a renewal or a login was about to write is found out again."""
+    made = LoginWorld()
+    crashes = [effect]
+
+    def perform(name: str, call: Callable[[], Any]) -> Any:
+        if crashes != [name]:
+            return made.perform(name, call)
+        crashes.clear()
+        if side == "after":
+            call()
+        raise Crash(who)
+
+    monkeypatch.setattr(worker, "perform", perform)
+    for _ in range(12):
+        made.ask()
+        made.run(HOUR / 3)
+        assert unaccounted(made) == []
+    assert crashes == []
+    assert made.ask() is not None
+    assert made.most_alive <= 3
+    assert len(made.logins) <= 3
+    made.broker.configure([])
+    made.run(25 * HOUR)
+    assert made.gateway.alive() == []
+
+
 @COMMON
 @given(
     st.lists(
