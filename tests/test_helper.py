@@ -704,12 +704,16 @@ def test_a_key_after_a_long_wait_is_printed(it: Helper) -> None:
 
 def test_an_interrupt_ends_it_without_a_word(it: Helper) -> None:
     """Ctrl-C goes to the whole group; a traceback would be shown to people."""
-    with ScriptedServer(it.socket, read, b"wait\n", hang) as server:
-        process = it.start(it.socket, "work")
-        server.hanging.get(timeout=60)
-        process.send_signal(signal.SIGINT)
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs behind & ignores it
+    try:
+        with ScriptedServer(it.socket, read, b"wait\n", hang) as server:
+            process = it.start(it.socket, "work")
+            server.hanging.get(timeout=60)
+            process.send_signal(signal.SIGINT)
 
-        assert ended(process) == Run(it.interrupted, b"", "")
+            assert ended(process) == Run(it.interrupted, b"", "")
+    finally:
+        signal.signal(signal.SIGINT, ours)
 
 
 def test_a_daemon_that_dies_in_the_middle_is_none(it: Helper) -> None:

@@ -638,8 +638,9 @@ def test_a_directorys_user_logs_in(openbao_with_ldap: OpenBao, ldap: Ldap, desk:
     login = ldap.enable(openbao_with_ldap, [policy])
     auth = {"method": "ldap", "username": ldap.user, "password": {"env": "KB_PASSWORD"}}
     one = desk(openbao_with_ldap, auth, environment={"KB_PASSWORD": ldap.password})
+    before = openbao_with_ldap.count(login)
     assert reads(one, kv, "llm") == Secret(value)
-    assert openbao_with_ldap.count(login) == 1
+    assert openbao_with_ldap.count(login) - before == 1
     wrong = desk(openbao_with_ldap, auth, environment={"KB_PASSWORD": "wrong-horse"})
     source = wrong.source(kv.path("llm"))
     error = wrong.fails(SourceDenied, lambda: source.issue(""))
