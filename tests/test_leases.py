@@ -57,7 +57,7 @@ def leased(hold: str = "15m", **source: Any) -> Profile:
                 "source": {
                     "type": "vault",
                     "engine": "dynamic",
-                    "path": "llm/creds/work",
+                    "path": "llm/creds/team",
                     **source,
                 },
             }

@@ -18,7 +18,13 @@ import pytest
 from keybroker import sources
 from keybroker.config import Profile
 from keybroker.credential import Lease, Secret, Session
-from keybroker.errors import KeybrokerError, SourceDenied, SourceInvalid, SourceUnavailable
+from keybroker.errors import (
+    KeybrokerError,
+    SourceDenied,
+    SourceError,
+    SourceInvalid,
+    SourceUnavailable,
+)
 from keybroker.sources import Source
 from keybroker.sources.held import Held
 from keybroker.values import replace
@@ -28,6 +34,18 @@ from tests.servers.agent import Agent
 from tests.servers.awslogin import ACCESS_KEY, SECRET_KEY, AwsLogin
 from tests.servers.cluster import Cluster
 from tests.servers.database import Database
+from tests.servers.faults import (
+    DropBeforeCommit,
+    Faults,
+    GarbageJson,
+    Hang,
+    Html,
+    Huge,
+    Redirect,
+    Reset,
+    TrickleBody,
+    Truncated,
+)
 from tests.servers.kubernetes import Kubernetes
 from tests.servers.ldap import Ldap
 from tests.servers.oidc import Oidc
@@ -880,3 +898,41 @@ def test_an_old_lease_is_no_concern_of_a_new_process(openbao: OpenBao, desk: Ope
     at = datetime.now(UTC) - timedelta(hours=2)
     lease = Lease("database/creds/x/y", "vault", at, at + timedelta(hours=1), revocable=True)
     one.source("database/creds/x", engine="dynamic").revoke(lease)
+
+
+FAULTS = {
+    "drops": DropBeforeCommit(),
+    "resets": Reset(),
+    "hangs": Hang(),
+    "trickles": TrickleBody(0.2),
+    "cuts off": Truncated(),
+    "portal": Html(),
+    "bad gateway": Html(502),
+    "garbage": GarbageJson(),
+    "never ends": Huge(),
+    "redirects": Redirect("http://127.0.0.1:9/v1/x", 307),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_on_the_way_costs_one_call(openbao: OpenBao, name: str) -> None:
+    """Between us and a real server: it is said, within the time-out, and the next call works."""
+    kv = openbao.kv()
+    value = key()
+    kv.put("llm", key=value)
+    policy = openbao.policy(kv.mount, reading(kv, "llm"))
+    token = openbao.new_token([policy, "default"])["client_token"]
+    with Faults(openbao.url) as between:
+        one = profile(between.url, kv.path("llm"), timeout="1s")
+        source = sources.build(one, {"KB_TOKEN": token}, Held())
+        assert source.issue("").secret == Secret(value)
+        between.next(FAULTS[name])
+        began = time.monotonic()
+        with pytest.raises(SourceError) as caught:
+            source.issue("")
+        assert time.monotonic() - began < 3
+        assert token not in f"{caught.value.message} {caught.value.hint}"
+        assert caught.value.message.startswith("vault: 127.0.0.1:")
+        assert not caught.value.withdrawn
+        assert source.issue("").secret == Secret(value)
+        source.close()

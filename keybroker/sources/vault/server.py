@@ -302,4 +302,4 @@ class _Adapter(hvac.adapters.Adapter):  # type: ignore[misc]
 
     def get_login_token(self, response: object) -> NoReturn:
         """Never called: no login is told to keep its token in here."""
-        raise NotImplementedError
+        raise AssertionError("a token is never kept in here")
