@@ -509,3 +509,43 @@ def test_sources_of_different_kinds_share_one_login(
     assert resident.key("made").startswith("sk-")
     assert logins(openbao, role) == 1
     assert resident.cli("revoke", "made")[0] == 0
+
+
+def test_a_standby_that_is_behind_is_not_believed(resident: Resident, cluster: Cluster) -> None:
+    """It was away while the key was rotated, and is the only one that answers: no key of before."""
+    leader = cluster.wait_for_leader()
+    kept = leader.kv()
+    first, second = (f"sk-{secrets.token_hex(16)}" for _ in range(2))
+    kept.put("llm", key=first)
+    table = vault_table(resident, leader, "behind", {kept.path("llm"): ["read"]})
+    cluster.wait_for_standbys(kept.path("llm"))
+    behind, other = cluster.standbys()
+    nodes = json.dumps([behind.url])
+    table = table.replace("[vault]\n", f"[vault]\nnodes = {nodes}\n")
+    more = 'poll = "1s"\ntimeout = "3s"'
+    resident.configure(
+        table + source("http://127.0.0.1:9", kept.path("llm"), more, 'verify = "none"')
+    )
+    resident.start()
+    assert resident.key() == first
+    time.sleep(1)  # the standby has heard of the token
+    behind.pause()
+    try:
+        kept.put("llm", key=second)
+        until(lambda: resident.key() == second)
+        leader.pause()
+        other.pause()
+        behind.resume()
+        alone = {"X-Vault-No-Request-Forwarding": "true"}
+        answer = behind.ask("GET", kept.path("llm"), headers=alone)
+        assert answer.body["data"]["data"]["key"] == first  # so it would say
+
+        for _ in range(16):
+            assert resident.key() == second
+            time.sleep(0.5)
+        asked = behind.count(kept.path("llm"), "read")
+        assert asked > 2
+    finally:
+        for node in cluster.nodes:
+            node.resume()
+        cluster.wait_for_leader()
