@@ -936,3 +936,43 @@ def test_a_fault_on_the_way_costs_one_call(openbao: OpenBao, name: str) -> None:
         assert not caught.value.withdrawn
         assert source.issue("").secret == Secret(value)
         source.close()
+
+
+def test_what_a_standby_answers_too_late_is_told_by_when_it_was_written(cluster: Cluster) -> None:
+    """Right after a write it has the version before: its time is the earlier one."""
+    leader = cluster.wait_for_leader()
+    kv = leader.kv()
+    kv.put("llm", key=key())
+    policy = leader.policy(kv.mount, reading(kv, "llm"))
+    token = leader.new_token([policy, "default"])["client_token"]
+    cluster.wait_for_standbys(kv.path("llm"))
+    standby = cluster.standbys()[0]
+    both = [
+        sources.build(profile(url, kv.path("llm")), {"KB_TOKEN": token}, Held())
+        for url in (standby.url, leader.url)
+    ]
+    assert wait_until(lambda: _reads(both[0]), 10)
+    for _ in range(20):
+        value = key()
+        kv.put("llm", key=value)
+        behind, ahead = (source.issue("") for source in both)
+        assert ahead.secret == Secret(value)
+        assert behind.lease.written_at is not None
+        assert ahead.lease.written_at is not None
+        if behind.secret != ahead.secret:
+            assert behind.lease.written_at < ahead.lease.written_at
+            break
+        assert behind.lease.written_at == ahead.lease.written_at
+    else:
+        raise AssertionError("the standby was never behind")
+    for source in both:
+        source.close()
+
+
+def _reads(source: Source) -> bool:
+    """Whether a server has heard of a token."""
+    try:
+        source.issue("")
+    except SourceError:
+        return False
+    return True
