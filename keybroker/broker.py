@@ -739,11 +739,13 @@ class Broker:
                 at_work.slots,
                 Record(self.now(), Event.GONE, at_work.name, step.label, why=step.why),
             )
-            before = at_work.slots.trouble
-            self._fail(
-                at_work, SourceInvalid(f"{key.lease.source}: a key was given up: {step.why}")
-            )
-            self._report(at_work, before)
+            if step.why == rotation.MOVED:  # which is no failure: the other source is read at once
+                at_work.slots = rotation.hurried(at_work.slots)
+            else:
+                before = at_work.slots.trouble
+                problem = f"{key.lease.source}: a key was given up: {step.why}"
+                self._fail(at_work, SourceInvalid(problem))
+                self._report(at_work, before)
             self._clean(at_work)
             self._change(at_work)  # nobody's answer will
             return

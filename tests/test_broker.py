@@ -910,6 +910,18 @@ def test_a_followed_profile_that_names_another_source_drops_the_old_key(host: Ho
     assert host.ask() == "sk-second"
 
 
+def test_a_followed_profile_that_names_another_source_has_it_read_at_once(host: Host) -> None:
+    """Somebody mended the path: nobody waits for an interval, and nothing has failed."""
+    host.start(following())
+    host.ask()
+    host.owner.value = "sk-second"
+    host.broker.configure([following(base_url=TWO)])
+    host.run(1)
+    assert host.ask() == "sk-second"
+    assert host.broker.slots("work").trouble is None
+    assert host.owner.reads == 2
+
+
 def test_a_key_that_is_to_end_is_handed_out_no_more(host: Host) -> None:
     """From the moment that somebody asked for it, before anything was written down."""
     minted(host)
