@@ -8,15 +8,18 @@ See: https://github.com/ulid/spec
 
 import os
 import re
+from collections.abc import Callable
 from datetime import datetime
 
 LETTERS = "0123456789abcdefghjkmnpqrstvwxyz"
 LABEL = re.compile(r"kb-[0-9a-z]{8}-[a-z0-9][a-z0-9_-]{0,31}-[0-9a-z]{26}")
 
 
-def new_label(instance: str, profile: str, now: datetime) -> str:
+def new_label(
+    instance: str, profile: str, now: datetime, chance: Callable[[int], bytes] = os.urandom
+) -> str:
     """Return a label that was never used."""
-    number = int(now.timestamp() * 1000) << 80 | int.from_bytes(os.urandom(10), "big")
+    number = int(now.timestamp() * 1000) << 80 | int.from_bytes(chance(10), "big")
     ulid = "".join(LETTERS[number >> shift & 31] for shift in range(125, -1, -5))
     return f"{prefix(instance)}{profile}-{ulid}"
 
