@@ -177,15 +177,13 @@ class Broker:
     def unsettled(self, name: str) -> int:
         """Count the calls without an answer that may yet turn out to have made a key."""
         at_work = self._profiles[name]
-        slots, policy, now = at_work.slots, at_work.policy, self.now(name)
-        return rotation.live(slots, policy, now) - rotation.live(
-            replace(slots, open=()), policy, now
-        )
+        settled = replace(at_work.slots, open=())
+        return self._live(at_work, at_work.slots) - self._live(at_work, settled)
 
     def full(self, name: str) -> bool:
         """Say whether nothing can be minted because the most keys allowed may be alive."""
         at_work = self._profiles[name]
-        live = rotation.live(at_work.slots, at_work.policy, self.now(name))
+        live = self._live(at_work, at_work.slots)
         return at_work.busy is None and live >= at_work.policy.max_live
 
     def hurry(self, name: str) -> None:
@@ -396,7 +394,7 @@ class Broker:
                 hint="check the date, then try again",
             )
         slots = at_work.slots
-        if rotation.live(slots, at_work.policy, self.now(name)) >= at_work.policy.max_live:
+        if self._live(at_work, slots) >= at_work.policy.max_live:
             unsure = self.unsettled(name)
             if unsure:
                 return NotReady(
@@ -602,6 +600,12 @@ class Broker:
             until = min(put_off, default=None)
             return rotation.Wait(None if until is None else instant.wall + (until - now))
         return step
+
+    def _live(self, at_work: _Profile, slots: Slots) -> int:
+        """Count what of these may be alive at the gateway."""
+        instant = self._clock.read()
+        now = judge(at_work.anchor, instant).now
+        return rotation.live(_by_earlier_clock(slots, instant, now), at_work.policy, now)
 
     def _plan_time(self, at_work: _Profile, instant: Instant) -> datetime:
         """A new key's times are by the wall clock; the current one's by the later of both."""
@@ -1025,10 +1029,12 @@ def _rounded(due: datetime, at_work: _Profile, instance: str) -> datetime:
 
 def _by_earlier_clock(slots: Slots, instant: Instant, now: datetime) -> Slots:
     """
-    Let `now` count readers' holds and look-ups by the earlier of the clocks.
+    Let `now` count readers' holds, look-ups and ends at the gateway by the earlier of the clocks.
 
     A wall clock that was set forward has not used up anybody's hold.
     """
+    for key in slots.keys:
+        slots = change(slots, replace(key, behind=now - earlier(key.wanted, instant)))
     retired = [
         replace(key, revoke_at=key.revoke_at + (now - earlier(key.retired, instant)))
         for key in slots.retired

@@ -242,7 +242,8 @@ def live(slots: Slots, policy: Policy, now: datetime) -> int:
     Count what may be alive at the gateway: keys, and open labels not yet settled.
 
     What has ended by itself is not alive, though nobody could confirm it: a gateway that is gone
-    for good must not keep its successor from minting.
+    for good must not keep its successor from minting. Ends count by the earlier clock: one that
+    was set forward has ended nothing.
     """
     keys = sum(not _ended(key, now) for key in slots.keys)
     opened = sum(
@@ -255,7 +256,9 @@ def live(slots: Slots, policy: Policy, now: datetime) -> int:
 
 def _ended(key: Key, now: datetime) -> bool:
     ends = key.lease.own_end or key.lease.expires_at
-    return ends is not None and now >= ends + min(ENDED_AFTER, (ends - key.lease.issued_at) / 4)
+    return ends is not None and now - key.behind >= ends + min(
+        ENDED_AFTER, (ends - key.lease.issued_at) / 4
+    )
 
 
 def next_step(slots: Slots, policy: Policy, now: datetime) -> Step:

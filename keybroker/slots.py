@@ -79,6 +79,8 @@ class Key:
     fingerprint: str
     lifetime: timedelta
     hold: timedelta
+    wanted: Instant | None = None  # the clocks when it was asked for, where they were written down
+    behind: timedelta = timedelta()  # by how much the earlier of its clocks is, as reckoned now
     revoke_at: datetime | None = None  # None: not retired
     retired: Instant | None = None  # the clocks when it was, where they were written down
     why: str = ""  # it was retired
@@ -168,6 +170,7 @@ def fold(slots: Slots, record: Record) -> Slots:
             record.fingerprint,
             known.lifetime,
             known.hold,
+            known.clocks,
         )
         slots = _without_open(slots, record.label)
         retired = slots.retired

@@ -182,6 +182,13 @@ def test_promises_hold_over_any_history(
 
 @COMMON
 @given(st.lists(st.one_of(OPERATIONS, CLOCKS), max_size=14), st.integers(0, 2**32).map(Random))
+@example(  # a clock that is set forward has ended nothing at the gateway
+    [
+        *(("run", HOUR), ("rotate", None), ("step", 5400.0)),
+        *(("rotate", None), ("run", 5.0), ("lose cache", None)),
+    ],
+    Random(0),
+)
 def test_clock_steps_and_reboots_cost_no_key(
     events: list[tuple[str, object]], chance: Random
 ) -> None:

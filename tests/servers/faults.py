@@ -42,6 +42,8 @@ _CREDENTIALS = {
     "x-goog-api-key",
     "x-bf-vk",
     "x-vault-token",
+    "x-amz-security-token",
+    "x-amz-sso_bearer_token",
     "ocp-apim-subscription-key",
 }
 _PAGE = b"<!doctype html><html><head><title>%s</title></head><body><h1>%s</h1></body></html>"
@@ -378,6 +380,7 @@ class Armed:
     fault: Fault
     method: str | None
     path: str | None
+    where: Callable[[Request], bool] | None
     left: int | None
     before: Callable[[Entry], object] | None
     after: Callable[[Entry], object] | None
@@ -390,6 +393,7 @@ class Armed:
             self.left != 0
             and self.method in (None, request.method)
             and (self.path is None or fnmatchcase(request.path, self.path))
+            and (self.where is None or self.where(request))
         )
 
     def wait(self, timeout: float = PATIENCE_SECONDS) -> Entry:
@@ -409,15 +413,19 @@ class Faults:
     Args:
         upstream_url: The gateway, with any path, which `url` repeats.
         admin: The admin credential, to see where it shows up.
+        keep_host: Tell the gateway the host that the client named, for what is signed.
     """
 
-    def __init__(self, upstream_url: str, admin: str | None = None) -> None:
+    def __init__(
+        self, upstream_url: str, admin: str | None = None, *, keep_host: bool = False
+    ) -> None:
         upstream = urlsplit(upstream_url)
         if upstream.hostname is None:
             raise ValueError(f"not a URL: {upstream_url}")
         self._upstream = (upstream.hostname, upstream.port or 80)
         self._base = upstream.path.rstrip("/")
         self._admin = admin.encode() if admin else None
+        self._keep_host = keep_host
         self._port = 0
         self._armed: list[Armed] = []
         self._log: list[Entry] = []
@@ -471,6 +479,7 @@ class Faults:
         *,
         method: str | None = None,
         path: str | None = None,
+        where: Callable[[Request], bool] | None = None,
         times: int | None = 1,
         before: Callable[[Entry], object] | None = None,
         after: Callable[[Entry], object] | None = None,
@@ -482,11 +491,12 @@ class Faults:
             fault: What happens.
             method: Only to this method.
             path: Only to this path without query; a pattern such as `/key/*`.
+            where: Only to these; asked while the log is locked.
             times: How often; None is always, until `clear()`.
             before: Called in the connection's thread when a request has matched.
             after: Called there when the fault is over.
         """
-        armed = Armed(fault, method, path, times, before, after)
+        armed = Armed(fault, method, path, where, times, before, after)
         with self._changed:
             self._armed.append(armed)
         return armed
@@ -642,6 +652,12 @@ class Faults:
                 armed.after(entry)
             armed.done.set()
 
+    def _host(self, request: Request) -> str:
+        named = next((value for name, value in request.headers if name.lower() == "host"), None)
+        if self._keep_host and named:
+            return named
+        return f"{self._upstream[0]}:{self._upstream[1]}"
+
     def _entry(self, request: Request, armed: Armed | None) -> Entry:
         text = request.head("") + request.body
         return Entry(
@@ -663,7 +679,7 @@ class Faults:
         upstream = socket.create_connection(self._upstream, timeout=PATIENCE_SECONDS)
         with self._owned(upstream):
             upstream.settimeout(None)  # a stream may be silent for as long as it likes
-            upstream.sendall(request.head(f"{self._upstream[0]}:{self._upstream[1]}"))
+            upstream.sendall(request.head(self._host(request)))
             upstream.sendall(request.body)
             reader = _Reader(upstream)
             head = reader.head()
