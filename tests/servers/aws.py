@@ -61,15 +61,15 @@ def statement(
 
 
 def connect(service: str, url: str, keys: Keys, region: str = REGION, **config: Any) -> Any:
-    """Make a client that asks once, and nobody but this URL."""
-    options = Config(
-        connect_timeout=10,
-        read_timeout=30,
-        retries={"total_max_attempts": 1},
-        proxies={},
+    """Make a client that asks once, and asks nobody but this URL."""
+    options = {
+        "connect_timeout": 10,
+        "read_timeout": 30,
+        "retries": {"total_max_attempts": 1},
+        "proxies": {},
         **config,
-    )
-    # a session of its own: the default one reads the environment once and is shared
+    }
+    # a session of its own: the default one is shared
     return boto3.session.Session().client(
         service,
         region_name=region,
@@ -77,7 +77,7 @@ def connect(service: str, url: str, keys: Keys, region: str = REGION, **config: 
         aws_access_key_id=keys.access_key,
         aws_secret_access_key=keys.secret_key,
         aws_session_token=keys.session_token,
-        config=options,
+        config=Config(**options),
     )
 
 
@@ -88,7 +88,7 @@ class Aws:
     Attributes:
         url: Its address, for all services.
         account: Its number, which no other server has.
-        root: Keys that are allowed everything.
+        root: Keys that are allowed everything; the signature is not checked. Users' are.
     """
 
     def __init__(self) -> None:
