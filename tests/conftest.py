@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,13 +13,18 @@ from native.build import compile_helper
 from tests.resident import Home as Home
 from tests.resident import Resident, fresh_home
 from tests.servers import claude
+from tests.servers.aws import Aws, allow
+from tests.servers.awsfaults import Front
+from tests.servers.awsmetadata import Metadata
 from tests.servers.cluster import Cluster
 from tests.servers.database import Database
 from tests.servers.keyring import Keyring
 from tests.servers.kubernetes import Kubernetes
 from tests.servers.ldap import Ldap
 from tests.servers.litellm import LiteLLM
+from tests.servers.moto import Moto
 from tests.servers.oidc import Oidc
+from tests.servers.sso import Sso
 from tests.servers.vault import WITH_LDAP, OpenBao
 
 # A busy machine is no failure, and what was tried before is not kept in the checkout.
@@ -116,6 +122,48 @@ def oidc() -> Iterator[Oidc]:
 def kubernetes() -> Iterator[Kubernetes]:
     """Whoever reviews service account tokens, for one test."""
     with Kubernetes() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def aws() -> Iterator[Aws]:
+    """One ministack for the whole session; a test that stops it or sets its clock has its own."""
+    with Aws() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[Moto]:
+    """A second opinion on AWS's services, for the whole session."""
+    with Moto() as server:
+        yield server
+
+
+@pytest.fixture
+def aws_front(aws: Aws) -> Iterator[Front]:
+    """A proxy before `aws`, for one test."""
+    with Front(aws) as front:
+        yield front
+
+
+@pytest.fixture(scope="session")
+def aws_role(aws: Aws) -> str:
+    """The ARN of a role that may do everything with secrets."""
+    return aws.role(f"role-{secrets.token_hex(4)}", allow("secretsmanager:*"))
+
+
+@pytest.fixture
+def sso(aws: Aws, aws_role: str) -> Iterator[Sso]:
+    """Who gives credentials of `aws_role` to a user that is signed in, for one test."""
+    name = aws_role.rpartition("/")[2]
+    with Sso(lambda: aws.session(aws_role, 3600), aws.account, name) as server:
+        yield server
+
+
+@pytest.fixture
+def aws_metadata(aws: Aws, aws_role: str) -> Iterator[Metadata]:
+    """Who gives credentials of `aws_role` to whatever runs here, for one test."""
+    with Metadata(lambda: aws.session(aws_role, 3600)) as server:
         yield server
 
 

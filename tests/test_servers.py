@@ -5,21 +5,36 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import secrets
 import socket
 import ssl
 import subprocess
 import sys
 import urllib.error
 import urllib.request
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore import UNSIGNED, auth
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionClosedError,
+    EndpointConnectionError,
+    ReadTimeoutError,
+)
 
 from tests.conftest import Home
 from tests.servers.agent import Agent
 from tests.servers.authority import Authority
+from tests.servers.aws import Aws, Keys, allow, connect, statement
+from tests.servers.awsfaults import Dated, Delay, Front, refusal
 from tests.servers.awslogin import (
     ACCESS_KEY,
     SECRET_KEY,
@@ -27,16 +42,30 @@ from tests.servers.awslogin import (
     AwsLogin,
     signature,
 )
+from tests.servers.awsmetadata import Metadata
 from tests.servers.claude import run_claude, start_stream
 from tests.servers.cluster import Cluster
 from tests.servers.database import Database
+from tests.servers.faults import (
+    CommitThenDrop,
+    Fault,
+    GarbageJson,
+    Hang,
+    Html,
+    Redirect,
+    Reset,
+    Status,
+    Truncated,
+)
 from tests.servers.keyring import Keyring
 from tests.servers.kubernetes import Kubernetes
 from tests.servers.ldap import Ldap
 from tests.servers.litellm import UPSTREAM_KEY, LiteLLM
+from tests.servers.moto import Moto
 from tests.servers.oidc import Oidc
 from tests.servers.processes import wait_until
 from tests.servers.signer import Signer
+from tests.servers.sso import Sso
 from tests.servers.vault import WITH_LDAP, OpenBao
 from tests.servers.vaultapi import Api, Kv
 
@@ -568,3 +597,631 @@ def test_aws_s_signature_logs_in(openbao: OpenBao) -> None:
     assert answers == [200, 400, 400, 400]
     assert server.logins == 4
     assert behind == {"key": "sk-one"}
+
+
+def said(call: Callable[..., Any], **asked: Any) -> tuple[int, str]:
+    """What AWS's services answer: the status, and the code of a refusal."""
+    try:
+        return call(**asked)["ResponseMetadata"]["HTTPStatusCode"], ""
+    except ClientError as refused:
+        answer = refused.response
+        return answer["ResponseMetadata"]["HTTPStatusCode"], answer["Error"]["Code"]
+
+
+def own(name: str) -> str:
+    """A name that no other test has."""
+    return f"{name}-{secrets.token_hex(4)}"
+
+
+def token() -> str:
+    """What makes a write of a secret the same as another."""
+    return str(uuid.uuid4())
+
+
+def test_aws_knows_versions_by_their_labels(aws: Aws) -> None:
+    """A pending value is another version, which has the id that was asked for."""
+    name, pending = own("labels"), token()
+    first = aws.put(name, "sk-one")
+    made = aws.put(name, "sk-two", ClientRequestToken=pending, VersionStages=["AWSPENDING"])
+
+    listed = aws.client("secretsmanager").list_secret_version_ids(SecretId=name)["Versions"]
+
+    assert made == pending
+    assert aws.labels(name) == {"AWSCURRENT": first, "AWSPENDING": pending}
+    assert {one["VersionId"]: one["VersionStages"] for one in listed} == {
+        first: ["AWSCURRENT"],
+        pending: ["AWSPENDING"],
+    }
+    assert (aws.value(name), aws.value(name, "AWSPENDING")) == ("sk-one", "sk-two")
+
+
+def test_aws_moves_a_label_only_from_where_it_is(aws: Aws) -> None:
+    """Of two that move AWSCURRENT, the second is refused. The new version stays pending too."""
+    name, pending, other = own("moves"), token(), token()
+    first = aws.put(name, "sk-one")
+    for one in (pending, other):
+        aws.put(name, "sk-two", ClientRequestToken=one, VersionStages=["AWSPENDING"])
+    move = aws.client("secretsmanager").update_secret_version_stage
+    asked = {"SecretId": name, "VersionStage": "AWSCURRENT", "MoveToVersionId": pending}
+
+    blind = said(move, **asked)
+    wrong = said(move, **asked, RemoveFromVersionId=other)
+    unknown = said(move, **asked, RemoveFromVersionId=token())
+    right = said(move, **asked, RemoveFromVersionId=first)
+    late = said(move, **asked | {"MoveToVersionId": other}, RemoveFromVersionId=first)
+    again = said(move, **asked, RemoveFromVersionId=first)
+    nothing_to_do = said(move, **asked)
+
+    assert blind == wrong == late == again == (400, "InvalidParameterException")
+    assert unknown == (400, "ResourceNotFoundException")
+    assert right == nothing_to_do == (200, "")
+    assert aws.value(name) == "sk-two"
+    versions = aws.secret(name)["VersionIdsToStages"]
+    assert versions[first] == ["AWSPREVIOUS"]
+    assert set(versions[pending]) == {"AWSCURRENT", "AWSPENDING"}
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_aws_and_a_version_that_is_written_twice(
+    aws: Aws, aws_front: Front, corrected: bool
+) -> None:
+    """AWS ignores the same value and refuses another; ministack overwrites."""
+    name, known = own("twice"), token()
+    aws.put(name, "sk-one")
+    manager = connect("secretsmanager", aws_front.url if corrected else aws.url, aws.root)
+    asked = {"SecretId": name, "ClientRequestToken": known, "VersionStages": ["AWSPENDING"]}
+    put = partial(manager.put_secret_value, **asked)
+
+    answers = [said(put, SecretString=value) for value in ("sk-two", "sk-two", "sk-three")]
+    value = aws.value(name, "AWSPENDING")
+    answers.append(said(put, SecretBinary=b"sk-two"))
+
+    refused = (400, "ResourceExistsException") if corrected else (200, "")
+    assert answers == [(200, ""), (200, ""), refused, refused]
+    assert value == ("sk-two" if corrected else "sk-three")
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_aws_and_a_label_that_two_versions_want(
+    aws: Aws, aws_front: Front, corrected: bool
+) -> None:
+    """With AWS the newest has it; with ministack both have."""
+    name = own("wanted")
+    aws.put(name, "sk-one")
+    manager = connect("secretsmanager", aws_front.url if corrected else aws.url, aws.root)
+    put = partial(manager.put_secret_value, SecretId=name, VersionStages=["AWSPENDING"])
+
+    _, second = (put(SecretString=value)["VersionId"] for value in ("sk-two", "sk-three"))
+
+    versions = aws.secret(name)["VersionIdsToStages"]
+    pending = [version for version, labels in versions.items() if "AWSPENDING" in labels]
+    assert second in pending
+    assert len(pending) == (1 if corrected else 2)
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_aws_and_a_secret_without_a_current_version(
+    aws: Aws, aws_front: Front, corrected: bool
+) -> None:
+    """AWS lets AWSCURRENT only move; ministack removes it, and then there is no value."""
+    name = own("current")
+    version = aws.put(name, "sk-one")
+    manager = connect("secretsmanager", aws_front.url if corrected else aws.url, aws.root)
+    asked = {"SecretId": name, "VersionStage": "AWSCURRENT", "RemoveFromVersionId": version}
+
+    removed = said(manager.update_secret_version_stage, **asked)
+    read = said(manager.get_secret_value, SecretId=name)
+
+    assert removed == ((400, "InvalidParameterException") if corrected else (200, ""))
+    assert read == ((200, "") if corrected else (400, "ResourceNotFoundException"))
+
+
+def test_aws_says_which_of_many_secrets_it_does_not_give(aws: Aws, aws_front: Front) -> None:
+    """What is missing, deleted or forbidden is named in the answer; the rest is there."""
+    there, deleted, hidden = own("there"), own("deleted"), own("hidden")
+    for name in (there, deleted, hidden):
+        aws.put(name, "sk-one")
+    aws.client("secretsmanager").delete_secret(SecretId=deleted)
+    policy = allow("secretsmanager:BatchGetSecretValue")
+    policy["Statement"] += statement(
+        "Allow", "secretsmanager:GetSecretValue", [aws.arn(there), aws.arn(deleted)]
+    )["Statement"]
+    keys = aws.user(own("batch"), policy)
+    manager = connect("secretsmanager", aws_front.url, keys)
+
+    answer = manager.batch_get_secret_value(SecretIdList=[there, deleted, hidden])
+    missing = aws.client("secretsmanager").batch_get_secret_value(SecretIdList=[own("missing")])
+    too_many = {"SecretIdList": [there] * 21}
+
+    assert [(one["Name"], one["SecretString"]) for one in answer["SecretValues"]] == [
+        (there, "sk-one")
+    ]
+    assert {(one["SecretId"], one["ErrorCode"]) for one in answer["Errors"]} == {
+        (deleted, "InvalidRequestException"),
+        (hidden, "AccessDeniedException"),
+    }
+    assert [one["ErrorCode"] for one in missing["Errors"]] == ["ResourceNotFoundException"]
+    assert said(manager.batch_get_secret_value, **too_many) == (400, "InvalidParameterException")
+    assert said(aws.client("secretsmanager").batch_get_secret_value, **too_many) == (200, "")
+
+
+def test_aws_deletes_a_secret_later(aws: Aws) -> None:
+    """It says when, gives no value from now on, and may be brought back."""
+    name = own("deleted")
+    aws.put(name, "sk-one")
+    manager = aws.client("secretsmanager")
+    get = partial(manager.get_secret_value, SecretId=name)
+    put = partial(manager.put_secret_value, SecretId=name, SecretString="sk-two")
+
+    manager.delete_secret(SecretId=name, RecoveryWindowInDays=7)
+    left = aws.secret(name)["DeletedDate"] - datetime.now(UTC)
+    answers = [said(get), said(put)]
+    manager.restore_secret(SecretId=name)
+
+    assert timedelta(days=6, hours=23) < left <= timedelta(days=7)
+    assert answers == [(400, "InvalidRequestException")] * 2
+    assert "DeletedDate" not in aws.secret(name)
+    assert aws.value(name) == "sk-one"
+
+
+def test_aws_has_no_value_where_there_is_none(aws: Aws, moto: Moto) -> None:
+    """A missing secret, version and label are one code; moto has another status."""
+    name = own("none")
+    answers = []
+    for server in (aws, moto):
+        manager = server.client("secretsmanager")
+        manager.create_secret(Name=name, SecretString="sk-one")
+        get = manager.get_secret_value
+        answers += [
+            said(get, SecretId=own("missing")),
+            said(get, SecretId=name, VersionId=token()),
+            said(get, SecretId=name, VersionStage="ANOTHER"),
+            said(manager.describe_secret, SecretId=own("missing")),
+        ]
+
+    assert answers[:4] == [(400, "ResourceNotFoundException")] * 4
+    assert answers[4:] == [(404, "ResourceNotFoundException")] * 4
+
+
+def test_aws_rotates_by_the_dates_that_the_front_is_given(
+    aws: Aws, aws_front: Front, moto: Moto
+) -> None:
+    """ministack makes a version of the old value and keeps no dates; moto makes an empty one."""
+    name = own("rotates")
+    rules = {"AutomaticallyAfterDays": 30}
+    described = []
+    for server in (aws, moto):
+        manager = server.client("secretsmanager")
+        manager.create_secret(Name=name, SecretString="sk-one")
+        manager.rotate_secret(SecretId=name, RotationRules=rules)
+        described.append(manager.describe_secret(SecretId=name))
+    next_time = datetime(2030, 1, 1, tzinfo=UTC)
+    aws_front.describe(name, NextRotationDate=next_time.timestamp())
+    front = connect("secretsmanager", aws_front.url, aws.root)
+
+    dates = {"NextRotationDate", "LastRotatedDate"}
+    assert [dates & one.keys() for one in described] == [set(), dates]
+    assert [one["RotationEnabled"] for one in described] == [True, True]
+    assert [one["RotationRules"] for one in described] == [rules, rules]
+    assert [len(one["VersionIdsToStages"]) for one in described] == [2, 2]
+    assert aws.value(name) == "sk-one"
+    assert front.describe_secret(SecretId=name)["NextRotationDate"] == next_time
+    read = said(moto.client("secretsmanager").get_secret_value, SecretId=name)
+    assert read == (404, "ResourceNotFoundException")
+
+
+def test_moto_reads_the_old_value_unless_it_is_told_which(moto: Moto) -> None:
+    """After AWSCURRENT has moved, the default is what it was before."""
+    name, pending = own("moved"), token()
+    manager = moto.client("secretsmanager")
+    first = manager.create_secret(Name=name, SecretString="sk-one")["VersionId"]
+    manager.put_secret_value(
+        SecretId=name,
+        SecretString="sk-two",
+        ClientRequestToken=pending,
+        VersionStages=["AWSPENDING"],
+    )
+    move = partial(
+        manager.update_secret_version_stage,
+        SecretId=name,
+        VersionStage="AWSCURRENT",
+        MoveToVersionId=pending,
+    )
+
+    answers = [
+        said(move),
+        said(move, RemoveFromVersionId=pending),
+        said(move, RemoveFromVersionId=first),
+    ]
+    default = manager.get_secret_value(SecretId=name)["SecretString"]
+    current = manager.get_secret_value(SecretId=name, VersionStage="AWSCURRENT")["SecretString"]
+
+    assert answers == [(400, "InvalidParameterException")] * 2 + [(200, "")]
+    assert (default, current) == ("sk-one", "sk-two")
+    assert moto.client("sts").get_caller_identity()["Account"] == moto.account
+
+
+@pytest.mark.parametrize(
+    ("operation", "call", "asked"),
+    [
+        ("DescribeSecret", "describe_secret", {}),
+        ("GetSecretValue", "get_secret_value", {}),
+        ("PutSecretValue", "put_secret_value", {"SecretString": "sk-two"}),
+        (
+            "UpdateSecretVersionStage",
+            "update_secret_version_stage",
+            {"VersionStage": "ANOTHER", "MoveToVersionId": "0" * 32},
+        ),
+        ("BatchGetSecretValue", "batch_get_secret_value", None),
+    ],
+)
+def test_aws_refuses_what_no_policy_allows(
+    aws: Aws, aws_front: Front, operation: str, call: str, asked: dict[str, Any] | None
+) -> None:
+    """The text says who may not do what. AWS says so with 400; ministack with 403."""
+    name, user = own("denied"), own("nobody")
+    aws.put(name, "sk-one")
+    keys = aws.user(user)
+    asked = {"SecretIdList": [name]} if asked is None else {"SecretId": name, **asked}
+
+    with pytest.raises(ClientError) as refused:
+        getattr(aws.client("secretsmanager", keys), call)(**asked)
+    corrected = said(getattr(connect("secretsmanager", aws_front.url, keys), call), **asked)
+
+    assert refused.value.response["ResponseMetadata"]["HTTPStatusCode"] == 403
+    assert corrected == (400, "AccessDeniedException")
+    assert refused.value.response["Error"] == {
+        "Code": "AccessDeniedException",
+        "Message": f"User: arn:aws:iam::{aws.account}:user/{user} is not authorized to perform: "
+        f"secretsmanager:{operation} because no identity-based policy allows the "
+        f"secretsmanager:{operation} action",
+    }
+
+
+def test_aws_takes_policies_of_users_and_of_secrets(aws: Aws) -> None:
+    """One that allows is enough, if none forbids."""
+    name = own("policies")
+    aws.put(name, "sk-one")
+    arn, user = aws.arn(name), own("reader")
+    who = {"AWS": f"arn:aws:iam::{aws.account}:user/{user}"}
+    read = "secretsmanager:GetSecretValue"
+
+    def answer(own_policy: dict[str, Any] | None, of_secret: dict[str, Any] | None) -> int:
+        manager = aws.client("secretsmanager")
+        if of_secret:
+            manager.put_resource_policy(SecretId=name, ResourcePolicy=json.dumps(of_secret))
+        keys = aws.user(user, own_policy)
+        status, _ = said(aws.client("secretsmanager", keys).get_secret_value, SecretId=name)
+        manager.delete_resource_policy(SecretId=name)
+        return status
+
+    answers = [
+        answer(None, None),
+        answer(None, statement("Allow", read, "*", Principal=who)),
+        answer(allow(read, f"{arn[:-6]}??????"), None),
+        answer(allow(read, arn), statement("Deny", read, "*", Principal="*")),
+        answer(allow(read, f"{arn}-another"), None),
+        answer(statement("Deny", read, arn), statement("Allow", read, "*", Principal=who)),
+    ]
+
+    assert answers == [403, 200, 200, 403, 403, 403]
+
+
+def test_aws_knows_who_signed(aws: Aws) -> None:
+    """A wrong secret key and an unknown access key are told apart; the root's is not checked."""
+    name, user = own("signed"), own("signer")
+    aws.put(name, "sk-one")
+    keys = aws.user(user, allow("secretsmanager:*"))
+    session = aws.session(aws.role(own("role"), allow("secretsmanager:*")))
+    signers = [
+        keys,
+        session,
+        replace(keys, secret_key="another"),
+        replace(keys, access_key="AKIAIOSFODNN7EXAMPLE"),
+        replace(session, session_token="another"),
+        replace(session, session_token=None),
+        replace(aws.root, secret_key="another"),
+    ]
+
+    secrets_ = [
+        said(aws.client("secretsmanager", one).describe_secret, SecretId=name) for one in signers
+    ]
+    identity = [said(aws.client("sts", one).get_caller_identity) for one in signers]
+
+    assert secrets_ == [
+        (200, ""),
+        (200, ""),
+        (400, "InvalidSignatureException"),
+        *[(400, "UnrecognizedClientException")] * 3,
+        (200, ""),
+    ]
+    assert identity == [
+        (200, ""),
+        (200, ""),
+        (403, "SignatureDoesNotMatch"),
+        *[(403, "InvalidClientTokenId")] * 3,
+        (200, ""),
+    ]
+    found = aws.client("sts", keys).get_caller_identity()
+    assert (found["Account"], found["Arn"].rpartition("/")[2]) == (aws.account, user)
+
+
+def test_aws_ends_a_session_and_minds_the_clock() -> None:
+    """A role is taken for 15 minutes at least; whose clock is wrong has signed nothing."""
+    with Aws(own_clock=True) as aws:
+        aws.put("llm", "sk-one")
+        role = aws.role("role", allow("secretsmanager:*"))
+        session = aws.session(role, 900)
+        user = aws.user("user", allow("secretsmanager:*"))
+        left = session.expiration - datetime.now(UTC) if session.expiration else None
+
+        def answers(minutes: int) -> list[tuple[int, str]]:
+            """What both are told, while the server's clock is ahead and ours is not, or is too."""
+            aws.set_clock(timedelta(minutes=minutes))
+            calls = [
+                partial(aws.client(service, keys).__getattribute__(name), **asked)
+                for keys in (user, session)
+                for service, name, asked in (
+                    ("secretsmanager", "get_secret_value", {"SecretId": "llm"}),
+                    ("sts", "get_caller_identity", {}),
+                )
+            ]
+            return [said(call) for call in calls]
+
+        on_time = answers(0)
+        fast, slow = answers(20), answers(-20)
+        moved = auth.get_current_datetime
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                auth, "get_current_datetime", lambda *a: moved(*a) + timedelta(minutes=20)
+            )
+            late = answers(20)
+
+    skewed = [(400, "InvalidSignatureException"), (403, "SignatureDoesNotMatch")]
+    assert left is not None
+    assert timedelta(seconds=890) < left <= timedelta(seconds=900)
+    assert on_time == [(200, "")] * 4
+    assert fast == slow == skewed * 2
+    assert late == [(200, "")] * 2 + [(400, "ExpiredTokenException"), (403, "ExpiredToken")]
+
+
+def test_aws_lets_roles_be_taken_by_whom_they_trust(aws: Aws) -> None:
+    """Neither a role that is not there nor a user without the right for it."""
+    role = aws.role(own("role"))
+    may, may_not = aws.user(own("may"), allow("sts:AssumeRole")), aws.user(own("may-not"))
+    asked = {"RoleArn": role, "RoleSessionName": "session", "DurationSeconds": 900}
+
+    answers = [
+        said(aws.client("sts", may).assume_role, **asked),
+        said(aws.client("sts", may).assume_role, **asked | {"RoleArn": f"{role}-another"}),
+        said(aws.client("sts", may_not).assume_role, **asked),
+    ]
+
+    assert answers == [(200, ""), (403, "AccessDenied"), (403, "AccessDenied")]
+
+
+def test_aws_takes_a_provider_s_token_and_does_not_read_it_closely(aws: Aws, oidc: Oidc) -> None:
+    """The provider and the audience count; AWS checks the signature and the time too."""
+    name = own("web")
+    aws.put(name, "sk-one")
+    role = aws.web_role(own("web"), oidc.issuer, oidc.audience, allow("secretsmanager:*"))
+    take = partial(
+        aws.client("sts", signature_version=UNSIGNED).assume_role_with_web_identity,
+        RoleSessionName="session",
+        DurationSeconds=900,
+    )
+    forger, stranger = Signer(oidc.issuer), Signer("https://another.example")
+
+    answers = [
+        said(take, RoleArn=role, WebIdentityToken=given)
+        for given in (
+            oidc.token(),
+            oidc.token("https://another.example"),
+            stranger.token("me", oidc.audience),
+            "no-token-at-all",
+            forger.token("me", oidc.audience),
+            forger.token("me", oidc.audience, seconds=-300),
+        )
+    ]
+    made = take(RoleArn=role, WebIdentityToken=oidc.token())["Credentials"]
+    keys = Keys(made["AccessKeyId"], made["SecretAccessKey"], made["SessionToken"])
+
+    assert answers == [(200, ""), *[(403, "AccessDenied")] * 3, (200, ""), (200, "")]
+    assert said(aws.client("secretsmanager", keys).get_secret_value, SecretId=name) == (200, "")
+
+
+def test_aws_that_hangs_or_is_gone_comes_back() -> None:
+    """A hang is no refusal. What it knew is lost with its process."""
+    with Aws() as aws:
+        aws.put("llm", "sk-one")
+        manager = aws.client("secretsmanager", read_timeout=0.2)
+        aws.pause()
+        with pytest.raises(ReadTimeoutError):
+            manager.describe_secret(SecretId="llm")
+        aws.resume()
+        resumed = aws.value("llm")
+        aws.kill()
+        with pytest.raises(EndpointConnectionError):
+            manager.describe_secret(SecretId="llm")
+        aws.start()
+        started = said(manager.describe_secret, SecretId="llm")
+
+    assert (resumed, started) == ("sk-one", (400, "ResourceNotFoundException"))
+    assert not listens(aws.url)
+
+
+FAULTS: list[tuple[Fault, object, bool]] = [
+    (Delay(0.05), "sk-one", True),
+    (Dated(timedelta(hours=-3)), "sk-one", True),
+    (Hang(), ReadTimeoutError, False),
+    (Reset(), ConnectionClosedError, False),
+    (Reset(commit=True), ConnectionClosedError, True),
+    (CommitThenDrop(), ConnectionClosedError, True),
+    (Html(), None, False),
+    (Truncated(), None, True),
+    (GarbageJson(), None, False),
+    (Status(429), (429, "429"), False),
+    (Html(503), (503, "503"), False),
+    (Redirect("http://127.0.0.1:9/"), (302, "302"), False),
+    (refusal("ThrottlingException"), (400, "ThrottlingException"), False),
+    (refusal("InternalServiceError", status=500), (500, "InternalServiceError"), False),
+    (refusal("DecryptionFailure"), (400, "DecryptionFailure"), False),
+    (refusal("ExpiredTokenException"), (400, "ExpiredTokenException"), False),
+]
+
+
+@pytest.mark.parametrize(("fault", "outcome", "forwarded"), FAULTS)
+def test_aws_s_answers_break_as_they_are_told_to(
+    aws: Aws, aws_front: Front, fault: Fault, outcome: object, forwarded: bool
+) -> None:
+    """A page, half a body and no JSON are a success without a value to botocore."""
+    name = own("faults")
+    aws.put(name, "sk-one")
+    keys = aws.user(own("reader"), allow("secretsmanager:*"))
+    manager = connect("secretsmanager", aws_front.url, keys, read_timeout=0.5)
+    armed = aws_front.fault(fault, "GetSecretValue", nth=2)
+    get = partial(manager.get_secret_value, SecretId=name, VersionStage="AWSCURRENT")
+    found: object
+
+    first = get()["SecretString"]
+    manager.describe_secret(SecretId=name)
+    try:
+        found = get().get("SecretString")
+    except ClientError as refused:
+        answer = refused.response
+        found = (answer["ResponseMetadata"]["HTTPStatusCode"], answer["Error"]["Code"])
+    except BotoCoreError as error:
+        found = type(error)
+    third = get()["SecretString"]
+
+    assert (first, found, third) == ("sk-one", outcome, "sk-one")
+    assert armed.wait().forwarded == forwarded
+    assert aws_front.calls == (
+        ("GetSecretValue", name),
+        ("DescribeSecret", name),
+        ("GetSecretValue", name),
+        ("GetSecretValue", name),
+    )
+    assert aws_front.count("GetSecretValue", name) == 3
+
+
+def test_aws_s_writes_are_done_though_the_answer_is_lost(aws: Aws, aws_front: Front) -> None:
+    """The same write again is no other one. STS is broken in its own words."""
+    name, known = own("lost"), token()
+    aws.put(name, "sk-one")
+    manager = connect("secretsmanager", aws_front.url, aws.root)
+    asked = {
+        "SecretId": name,
+        "SecretString": "sk-two",
+        "ClientRequestToken": known,
+        "VersionStages": ["AWSPENDING"],
+    }
+    aws_front.fault(CommitThenDrop(), "PutSecretValue", secret=name)
+    aws_front.fault(refusal("ExpiredToken", status=403, sts=True), "GetCallerIdentity")
+
+    with pytest.raises(ConnectionClosedError):
+        manager.put_secret_value(**asked)
+    lost = aws.labels(name)["AWSPENDING"]
+    again = manager.put_secret_value(**asked)["VersionId"]
+    sts = connect("sts", aws_front.url, aws.root)
+    who = said(sts.get_caller_identity), said(sts.get_caller_identity)
+    aws_front.forget()
+
+    assert lost == again == known
+    assert who == ((403, "ExpiredToken"), (200, ""))
+    assert (aws_front.calls, aws_front.errors) == ((), [])
+
+
+READ = """
+import sys
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from botocore.session import Session
+
+config = Config(retries={"total_max_attempts": 1})
+try:
+    manager = Session().create_client("secretsmanager", config=config)
+    print(manager.get_secret_value(SecretId=sys.argv[1])["SecretString"])
+except ClientError as refused:
+    print(refused.response["Error"]["Code"])
+except BotoCoreError as error:
+    print(type(error).__name__)
+"""
+
+
+def read_by_boto(name: str, environment: Mapping[str, str]) -> str:
+    """Read a secret in a process of its own; what is printed is the value, or what went wrong."""
+    done = subprocess.run(
+        [sys.executable, "-c", READ, name],
+        env=dict(environment),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.stderr == ""
+    return done.stdout.strip()
+
+
+def test_sso_keeps_a_signed_in_user_going(aws: Aws, sso: Sso, home: Home) -> None:
+    """A token that has ended is refreshed, and the file of the sign-in is written again."""
+    name = own("sso")
+    aws.put(name, "sk-one")
+    environment = {**home.environment, **aws.environment(), **sso.environment(home.path)}
+
+    sso.write(home.path)
+    valid = read_by_boto(name, environment), sso.refreshes, sso.handed_out
+    file = sso.write(home.path, timedelta(hours=-1))
+    refreshed = read_by_boto(name, environment), sso.refreshes, sso.handed_out
+    ends = datetime.fromisoformat(json.loads(file.read_text())["expiresAt"])
+
+    assert valid == ("sk-one", 0, 1)
+    assert refreshed == ("sk-one", 1, 2)
+    assert ends > datetime.now(UTC)
+
+
+def test_sso_that_does_not_know_the_user_any_more(aws: Aws, sso: Sso, home: Home) -> None:
+    """Nobody to refresh, a refusal, an outage and no sign-in are told apart by botocore."""
+    environment = {**home.environment, **aws.environment(), **sso.environment(home.path)}
+    told = []
+
+    sso.write(home.path, timedelta(hours=-1), refresh=False)
+    told.append(read_by_boto("llm", environment))
+    sso.refresh_has_expired = True
+    sso.write(home.path, timedelta(hours=-1))
+    told.append(read_by_boto("llm", environment))
+    sso.refuses = True
+    file = sso.write(home.path)
+    told.append(read_by_boto("llm", environment))
+    sso.is_down = True
+    told.append(read_by_boto("llm", environment))
+    file.unlink()
+    told.append(read_by_boto("llm", environment))
+
+    assert told == [
+        "TokenRetrievalError",
+        "TokenRetrievalError",
+        "UnauthorizedSSOTokenError",
+        "ConnectionClosedError",
+        "SSOTokenLoadError",
+    ]
+    assert (sso.refreshes, sso.handed_out) == (1, 0)
+
+
+def test_aws_credentials_of_a_machine(aws: Aws, aws_metadata: Metadata, home: Home) -> None:
+    """A container's and an instance's are taken; those of ministack's own are not."""
+    name = own("machine")
+    aws.put(name, "sk-one")
+    environment = {**home.environment, **aws.environment()}
+    container, instance = (
+        {**environment, **more} for more in (aws_metadata.container(), aws_metadata.instance())
+    )
+    theirs = {**instance, "AWS_EC2_METADATA_SERVICE_ENDPOINT": aws.url}
+
+    read = [read_by_boto(name, one) for one in (container, instance, theirs)]
+    aws_metadata.status = 404
+    failed = read_by_boto(name, instance)  # a container's are asked for three seconds
+
+    assert read == ["sk-one", "sk-one", "UnrecognizedClientException"]
+    assert failed == "NoCredentialsError"
+    assert aws_metadata.handed_out == 2

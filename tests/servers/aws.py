@@ -22,18 +22,20 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
-import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.session import Session
 
 from tests.servers.install import installed, ministack_folder
 from tests.servers.processes import Child, Port, StartError
 
 REGION = "us-east-1"
+_FAKETIME = ("usr/lib/*/faketime/libfaketime.so.1", "usr/local/lib/faketime/libfaketime.so.1")
 _ROOT = ("test", "test")
 
 
@@ -69,8 +71,7 @@ def connect(service: str, url: str, keys: Keys, region: str = REGION, **config: 
         "proxies": {},
         **config,
     }
-    # a session of its own: the default one is shared
-    return boto3.session.Session().client(
+    return _session().create_client(
         service,
         region_name=region,
         endpoint_url=url,
@@ -81,9 +82,26 @@ def connect(service: str, url: str, keys: Keys, region: str = REGION, **config: 
     )
 
 
+@cache
+def _session() -> Any:
+    """What keeps the descriptions of services, and reads nothing of whoever runs the tests."""
+    nothing = (None, None, os.devnull, None)
+    return Session({"profile": (None,) * 4, "config_file": nothing, "credentials_file": nothing})
+
+
+def _faketime() -> str:
+    for place in _FAKETIME:
+        for found in Path("/").glob(place):
+            return str(found)
+    raise StartError("no libfaketime.so.1; type: apt-get install faketime")
+
+
 class Aws:
     """
     The server, as a context. `stop` and `start` keep the port; what it knew is lost.
+
+    Args:
+        own_clock: Whether `set_clock` can be used.
 
     Attributes:
         url: Its address, for all services.
@@ -91,7 +109,8 @@ class Aws:
         root: Keys that are allowed everything; the signature is not checked. Users' are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, own_clock: bool = False) -> None:
+        self._own_clock = own_clock
         self.account = f"{secrets.randbelow(10**12):012d}"
         self.root = Keys(*_ROOT)
         self._clients: dict[str, Any] = {}
@@ -105,6 +124,7 @@ class Aws:
             self._port = stack.enter_context(Port()).number
             self.url = f"http://127.0.0.1:{self._port}"
             (self.folder / "none").touch()
+            self.set_clock(timedelta())
             stack.callback(self.stop)
             self.start()
             self._stack = stack.pop_all()
@@ -128,6 +148,14 @@ class Aws:
             "LOG_LEVEL": "WARNING",
             "AWS_EC2_METADATA_DISABLED": "true",
         }
+        if self._own_clock:
+            settings |= {
+                "LD_PRELOAD": _faketime(),
+                "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+                "FAKETIME_NO_CACHE": "1",
+                "FAKETIME_DISABLE_SHM": "1",
+                "FAKETIME_TIMESTAMP_FILE": str(self.folder / "clock"),
+            }
         command = [str(installed(ministack_folder()) / "bin" / "ministack")]
         log = self.folder / "ministack.log"
         self._child = Child(command, log=log, environment=settings)
@@ -142,6 +170,12 @@ class Aws:
             raise StartError(f"{self.url} is of {identity['Account']}, not {self.account}")
         return True
 
+    def set_clock(self, ahead: timedelta) -> None:
+        """Let its clock be ahead of ours, or behind. Users sign by a clock that is as wrong."""
+        new = self.folder / "clock.new"
+        new.write_text(f"{ahead.total_seconds():+.0f}s\n")
+        new.replace(self.folder / "clock")
+
     @property
     def pid(self) -> int:
         """Its process."""
@@ -155,6 +189,8 @@ class Aws:
         """End it: clients are refused. Stopping twice is fine."""
         if self._child:
             self._child.stop()
+            for left in Path("/dev/shm").glob(f"*faketime*_{self._child.pid}"):
+                left.unlink()
 
     def kill(self) -> None:
         """End it at once. Killing twice is fine."""
@@ -176,12 +212,12 @@ class Aws:
             self._clients[service] = connect(service, self.url, self.root)
         return self._clients[service]
 
-    def environment(self, keys: Keys, url: str | None = None) -> dict[str, str]:
+    def environment(self, keys: Keys | None = None, url: str | None = None) -> dict[str, str]:
         """
         What a client's program needs, and nothing of the files in a HOME.
 
         Args:
-            keys: It signs with.
+            keys: It signs with; without, it has to find some elsewhere.
             url: Asked instead of the server itself.
         """
         nothing = str(self.folder / "none")
@@ -192,10 +228,13 @@ class Aws:
             "AWS_EC2_METADATA_DISABLED": "true",
             "AWS_CONFIG_FILE": nothing,
             "AWS_SHARED_CREDENTIALS_FILE": nothing,
-            "AWS_ACCESS_KEY_ID": keys.access_key,
-            "AWS_SECRET_ACCESS_KEY": keys.secret_key,
         }
-        return said | ({"AWS_SESSION_TOKEN": keys.session_token} if keys.session_token else {})
+        if keys:
+            said["AWS_ACCESS_KEY_ID"] = keys.access_key
+            said["AWS_SECRET_ACCESS_KEY"] = keys.secret_key
+        if keys and keys.session_token:
+            said["AWS_SESSION_TOKEN"] = keys.session_token
+        return said
 
     # Secrets.
 
@@ -300,7 +339,11 @@ class Aws:
         return self.role(name, policy, {"Version": "2012-10-17", "Statement": [bearers]})
 
     def session(self, role: str, seconds: int = 900, keys: Keys | None = None) -> Keys:
-        """Take a role, for 15 minutes at least."""
+        """
+        Take a role, for 15 minutes at least.
+
+        Keys that end within 15 minutes are such as botocore asks for anew before each request.
+        """
         sts = self.client("sts", keys)
         made = sts.assume_role(RoleArn=role, RoleSessionName="session", DurationSeconds=seconds)[
             "Credentials"
