@@ -189,7 +189,8 @@ def decode_lease(found: Mapping[str, Any]) -> Lease:
 
 def write_time(moment: datetime) -> str:
     """Write an aware time as UTC with microseconds: 2026-11-21T15:45:51.123456Z."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    # not strftime: it writes the year 1, which is how Go says "never", with one digit
+    return f"{moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec='microseconds')}Z"
 
 
 def read_time(text: Any) -> datetime:

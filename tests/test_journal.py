@@ -125,6 +125,13 @@ def test_a_time_is_written_in_utc(moment: datetime) -> None:
     assert read_time(write_time(moment)).tzinfo is UTC
 
 
+@pytest.mark.parametrize("year", [1, 999, 1000, 9999])
+def test_a_time_of_any_year_can_be_read_back(year: int) -> None:
+    """Go's programs, Vault among them, write the year 1 where there is no time."""
+    moment = datetime(year, 1, 1, tzinfo=UTC)
+    assert read_time(write_time(moment)) == moment
+
+
 def test_a_line_is_as_it_is_documented() -> None:
     """What is empty is left out."""
     assert encode(LIFE[0]) == {
