@@ -455,7 +455,8 @@ class Broker:
         return bool(self._asked)
 
     def take(self, answers: Iterable[Answer]) -> None:
-        """Take in what workers answered."""
+        """Take in what workers answered; one that cannot be taken in keeps nobody else's."""
+        broken: Exception | None = None
         for answer in answers:
             self.hold(answer.sessions)
             for name in self._logins.answered(answer.id):
@@ -466,10 +467,16 @@ class Broker:
             _, step, label = at_work.busy
             at_work.busy = None
             before = at_work.slots.trouble
-            self._apply(at_work, answer)
-            self._finish(at_work, step, label, answer)
+            try:
+                self._apply(at_work, answer)
+                self._finish(at_work, step, label, answer)
+            except Exception as error:  # a mistake of ours: it is tried again, and it is said
+                self._fail(at_work, KeybrokerError(f"broker: {type(error).__name__} in an answer"))
+                broken = error
             self._report(at_work, before)
             self._change(at_work)
+        if broken is not None:
+            raise broken
 
     def end(self, name: str, why: str) -> None:
         """Give up every key of a profile, to be revoked at once: no reader gets a hold."""

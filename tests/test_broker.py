@@ -26,7 +26,7 @@ from keybroker.errors import (
     SourceUnavailable,
 )
 from keybroker.handout import Sealed
-from keybroker.journal import Journal
+from keybroker.journal import Journal, read_time
 from keybroker.rotation import Kind, phase
 from keybroker.slots import Event, Slots, Trouble, replay
 from keybroker.sources import Capabilities
@@ -884,6 +884,20 @@ def test_hosts_do_not_read_in_the_same_second(host: Host) -> None:
     moments = {_rounded(due, at_work, f"{number:08x}") for number in range(64)}
     assert len(moments) > 16
     assert all(timedelta() <= moment - due < timedelta(seconds=30) for moment in moments)
+
+
+def test_an_answer_that_cannot_be_taken_in_is_asked_for_again(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake of ours is said, and costs no profile its next reads."""
+    host.start(following())
+    with monkeypatch.context() as patched:
+        patched.setattr("keybroker.broker._credential", lambda found: read_time(str(found)))
+        with pytest.raises(ValueError, match="Invalid isoformat"):
+            host.ask()
+    assert host.broker.slots("work").trouble is not None
+    host.run(6 * MINUTE)
+    assert host.ask() == "sk-first"
 
 
 def test_a_followed_key_is_read_only_where_somebody_asked(host: Host) -> None:
