@@ -13,6 +13,7 @@ from keybroker import sources
 from keybroker.config import Profile
 from keybroker.credential import Lease, Reference, Secret, Session, fingerprint
 from keybroker.errors import SourceDenied, SourceError, SourceInvalid, SourceUnavailable
+from keybroker.journal import decode_lease, encode_lease
 from keybroker.rotation import Kind
 from keybroker.sources import Source
 from keybroker.sources.held import Held
@@ -116,6 +117,51 @@ def invalid(source: Source, words: str) -> SourceInvalid:
     assert error.message.startswith("vault: 127.0.0.1:")
     assert isinstance(error, SourceInvalid)
     return error
+
+
+AHEAD = {"date": "Sat, 27 Nov 2128 14:00:00 GMT"}  # by a clock that is far ahead of ours
+BEHIND = {"date": "Wed, 27 Nov 1974 14:00:00 GMT"}
+FIRST, LAST = "0001-01-01T00:00:00Z", "9999-12-31T23:59:59Z"
+
+
+@pytest.mark.parametrize(
+    ("answer", "more", "ends"),
+    [
+        (versioned({"key": KEY, "ttl": "12h"}, created_time=LAST), {}, LAST),
+        (versioned(headers=BEHIND, deletion_time=LAST), {}, LAST),
+        (versioned(headers=AHEAD, created_time=FIRST), {}, None),
+        (
+            Answer(
+                200,
+                {
+                    "data": {
+                        "key": KEY,
+                        "ttl": 0,
+                        "rotation_period": 5,
+                        "last_vault_rotation": FIRST,
+                    }
+                },
+                AHEAD,
+            ),
+            {"engine": "static-role"},
+            None,
+        ),
+    ],
+)
+def test_a_time_at_an_end_of_the_calendar_is_only_a_time(
+    make: Make, script: Script, answer: Answer, more: dict[str, Any], ends: str | None
+) -> None:
+    """Go's programs write the year 1, and people 9999, for never; nothing overflows."""
+    script.says(KV2, answer)
+    lease = make(**more).issue("").lease
+    assert lease.expires_at == (None if ends is None else datetime.fromisoformat(ends))
+    assert decode_lease(encode_lease(lease)) == lease
+
+
+def test_a_version_that_was_to_end_in_the_year_1_has_ended(make: Make, script: Script) -> None:
+    """By whichever clock."""
+    script.says(KV2, versioned(headers=AHEAD, deletion_time=FIRST))
+    invalid(make(), "has ended on")
 
 
 # What it is.

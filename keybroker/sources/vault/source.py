@@ -168,9 +168,9 @@ class Vault(Followed):
         skew = reply.skew
         ends = [self._time(data if data.get("expires_at") else said_with, "expires_at")]
         deleted = self._time(meta, "deletion_time")
-        ends.append(None if deleted is None else deleted - skew)
+        ends.append(None if deleted is None else _by_our_clock(deleted, skew))
         ttl = self._length(data if data.get("ttl") else said_with)
-        ends.append(None if ttl is None else written - skew + ttl)
+        ends.append(None if ttl is None else _by_our_clock(written, skew - ttl))
         lease = Lease(f"version {version}", "vault", reply.asked_at, written_at=written)
         return self._ending(lease, min((end for end in ends if end is not None), default=None))
 
@@ -253,7 +253,7 @@ class Vault(Followed):
             ends.append(session.expires_at)
         unix = data.get("expiration")
         if isinstance(unix, int) and 0 < unix < LAST_SECOND:
-            ends.append(datetime.fromtimestamp(unix, UTC) - reply.skew)
+            ends.append(_by_our_clock(datetime.fromtimestamp(unix, UTC), reply.skew))
         lease = Lease(
             lease_id,
             "vault",
@@ -280,7 +280,8 @@ class Vault(Followed):
         if ttl is not None:
             again = now + ttl + timedelta(seconds=1)
         elif written is not None and period is not None:
-            again = now + max(SOONEST_REREAD, (now - (written - reply.skew + period)) / 2)
+            due = _by_our_clock(written, reply.skew - period)
+            again = now + max(SOONEST_REREAD, (now - due) / 2)
         else:
             again = now + SOONEST_REREAD
         lease = Lease(secret.fingerprint, "vault", now, written_at=written, reread_at=again)
@@ -294,6 +295,14 @@ class Vault(Followed):
         except SourceError:
             error.unknown = error.over = True
             error.message = f"{error.message}; its lease lives on"[:200]
+
+
+def _by_our_clock(moment: datetime, skew: timedelta) -> datetime:
+    """Correct a time by a skew; one at an end of the calendar, which says "never", stays there."""
+    try:
+        return moment - skew
+    except OverflowError:
+        return moment
 
 
 def _lease_id(reply: Reply) -> str | None:
