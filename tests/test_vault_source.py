@@ -758,6 +758,16 @@ def test_a_reference_is_a_path_and_a_field(script: Script) -> None:
     )
 
 
+def test_a_reference_to_a_dynamic_engine_leaves_no_lease_behind(script: Script) -> None:
+    """It would be read for each call at the gateway: the lease is given back, and it is said."""
+    one = with_admin_in_vault(script, {"type": "litellm", "admin": {"vault": f"{CREDS}#key"}})
+    source = sources.build(one, ENVIRONMENT)
+    error = fails(SourceInvalid, lambda: source.find("kb-x"))
+    source.close()
+    assert f"{CREDS}: is made anew for each reader" in error.message
+    assert script.asked[-1].body == {"lease_id": LEASE, "sync": True}
+
+
 def with_admin_in_vault(script: Script, source: dict[str, Any]) -> Profile:
     """A profile of another source, whose secret is in Vault."""
     auth = {"method": "token", "token": {"env": "KB_TOKEN"}}

@@ -5,11 +5,11 @@ See: https://developer.hashicorp.com/vault/api-docs/secret/kv
 
 import re
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from keybroker.credential import Reference, Secret
-from keybroker.errors import SourceInvalid
+from keybroker.errors import SourceError, SourceInvalid
 from keybroker.journal import read_time
 from keybroker.sources.held import Held
 from keybroker.sources.http import Reply
@@ -19,6 +19,7 @@ from keybroker.vault import Vault
 
 PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,19}")  # no key looks like it
 WRONG_KIND = "invalid path for a versioned k/v"
+NOT_SOON = timedelta(hours=1)
 GONE = re.compile(r"lease not found|invalid lease|no lease entry")
 
 
@@ -99,6 +100,22 @@ class Place:
         if reply.status >= 300 and not GONE.search(said(reply)):
             raise self.invalid(path, f"did not end a lease ({reply.status})")
 
+    def refused(self, path: str, lease_id: str, hint: str) -> SourceInvalid:
+        """Give back a lease that nobody asked for; return the error that says why."""
+        error = self.invalid(path, "is made anew for each reader", hint)
+        error.retry_after = NOT_SOON  # each further look may leave another one behind
+        self.give_back(lease_id, error)
+        return error
+
+    def give_back(self, lease_id: str, error: SourceError) -> None:
+        """Give back a lease that is of no use; where that fails, it may be alive."""
+        self.server.begin()
+        try:
+            self.revoke(lease_id)
+        except SourceError:
+            error.unknown = error.over = True
+            error.message = f"{error.message}; its lease lives on"[:200]
+
 
 def keep_session(vault: Vault, environment: Mapping[str, str], held: Held, seconds: float) -> None:
     """
@@ -131,9 +148,20 @@ def read_reference(
     path, _, field = str(reference.value).partition("#")
     place = Place(vault, environment, held, seconds)
     try:
-        return place.secret(path, field, place.table(path, place.read(path)))
+        reply = place.read(path)
+        if lease := lease_id(reply):
+            error = place.refused(path, lease, "name a secret of KV; only those can be read so")
+            error.unknown = error.over = False  # the gateway was not asked
+            raise error
+        return place.secret(path, field, place.table(path, reply))
     finally:
         place.server.close()
+
+
+def lease_id(reply: Reply) -> str | None:
+    """Return the name of the lease that an answer came with."""
+    found = reply.value.get("lease_id") if isinstance(reply.value, dict) else None
+    return found if isinstance(found, str) and found else None
 
 
 def is_versioned(data: Mapping[str, Any]) -> bool:

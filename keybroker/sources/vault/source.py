@@ -10,7 +10,7 @@ from typing import Any
 
 from keybroker.config import Profile
 from keybroker.credential import Credential, Issuer, Lease
-from keybroker.errors import SourceError, SourceInvalid
+from keybroker.errors import SourceInvalid
 from keybroker.fields import read_duration
 from keybroker.journal import read_time
 from keybroker.rotation import Kind
@@ -20,7 +20,7 @@ from keybroker.sources.gateway import Gateway
 from keybroker.sources.held import Held
 from keybroker.sources.http import Reply
 from keybroker.sources.vault.login import CLEARLY_LESS, token_of
-from keybroker.sources.vault.place import GONE, Place, day, is_versioned
+from keybroker.sources.vault.place import GONE, Place, day, is_versioned, lease_id
 from keybroker.sources.vault.server import part, said, seconds
 from keybroker.values import replace
 from keybroker.vault import read_text
@@ -29,7 +29,6 @@ LONGEST_LEASE = timedelta(hours=24)  # a lease whose answer was lost lives that 
 ENDED_FOR = timedelta(minutes=1)  # a lease that is over, by a server whose clock is behind
 LAST_SECOND = 253_402_300_800  # of the year 9999
 LEASELESS = 'set engine = "kv" or "static-role"; or have the engine make leases (generate_lease)'
-NOT_SOON = timedelta(hours=1)
 SOONEST_REREAD = timedelta(seconds=5)
 FINAL = re.compile(r"not renewable|past the max ttl|cannot be renewed")
 
@@ -138,24 +137,19 @@ class Vault(Followed):
         assert self._profile is not None
         pinned = self._profile.source["version"]
         reply = self._place.read(self._path, pinned)
-        if lease_id := _lease_id(reply):
-            error = self._place.invalid(
-                self._path, "is made anew for each reader", 'set engine = "dynamic"'
-            )
-            error.retry_after = NOT_SOON  # each further look may leave another one behind
-            self._undo(lease_id, error)
-            raise error
+        if lease := lease_id(reply):
+            raise self._place.refused(self._path, lease, 'set engine = "dynamic"')
         data = self._place.table(self._path, reply, pinned)
         secret = self._place.secret(self._path, self._field, data)
         answer = part(reply, "data")
         if is_versioned(answer):
             return Credential(secret, self._versioned(reply, answer["metadata"], data))
-        lease = Lease(secret.fingerprint, "vault", reply.asked_at)
+        kept = Lease(secret.fingerprint, "vault", reply.asked_at)
         again = seconds(reply.value.get("lease_duration")) if "ttl" in data else None
         if again is not None:  # advice of whoever wrote it; nothing ends
-            lease = replace(lease, reread_at=reply.asked_at + max(again, SOONEST_REREAD))
+            kept = replace(kept, reread_at=reply.asked_at + max(again, SOONEST_REREAD))
         ends = self._time(data, "expires_at")
-        return Credential(secret, self._ending(lease, ends))
+        return Credential(secret, self._ending(kept, ends))
 
     def _versioned(self, reply: Reply, meta: Mapping[str, Any], data: Mapping[str, Any]) -> Lease:
         """Read when a version was written and when it ends, from whichever place says so."""
@@ -225,16 +219,16 @@ class Vault(Followed):
         )
         if reply.status != 200:
             raise self._place.nothing(self._path, reply)
-        lease_id = _lease_id(reply)
-        if lease_id is None:
+        lease = lease_id(reply)
+        if lease is None:
             raise self._place.invalid(self._path, "is no lease: what is there is kept", LEASELESS)
         try:
-            return self._granted(lease_id, reply)
+            return self._granted(lease, reply)
         except SourceInvalid as error:
-            self._undo(lease_id, error)
+            self._place.give_back(lease, error)
             raise
 
-    def _granted(self, lease_id: str, reply: Reply) -> Credential:
+    def _granted(self, name: str, reply: Reply) -> Credential:
         assert self._profile is not None
         data = part(reply, "data")
         secret = self._place.secret(self._path, self._field, data)
@@ -255,7 +249,7 @@ class Vault(Followed):
         if isinstance(unix, int) and 0 < unix < LAST_SECOND:
             ends.append(_by_our_clock(datetime.fromtimestamp(unix, UTC), reply.skew))
         lease = Lease(
-            lease_id,
+            name,
             "vault",
             reply.asked_at,
             min(ends),
@@ -287,15 +281,6 @@ class Vault(Followed):
         lease = Lease(secret.fingerprint, "vault", now, written_at=written, reread_at=again)
         return Credential(secret, lease)
 
-    def _undo(self, lease_id: str, error: SourceError) -> None:
-        """Give back a lease that is of no use; where that fails, it may be alive."""
-        self._place.server.begin()
-        try:
-            self._place.revoke(lease_id)
-        except SourceError:
-            error.unknown = error.over = True
-            error.message = f"{error.message}; its lease lives on"[:200]
-
 
 def _by_our_clock(moment: datetime, skew: timedelta) -> datetime:
     """Correct a time by a skew; one at an end of the calendar, which says "never", stays there."""
@@ -303,8 +288,3 @@ def _by_our_clock(moment: datetime, skew: timedelta) -> datetime:
         return moment - skew
     except OverflowError:
         return moment
-
-
-def _lease_id(reply: Reply) -> str | None:
-    found = reply.value.get("lease_id") if isinstance(reply.value, dict) else None
-    return found if isinstance(found, str) and found else None
