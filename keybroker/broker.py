@@ -879,6 +879,8 @@ class Broker:
             if isinstance(step, rotation.Issue | rotation.Poll):
                 gone = isinstance(answer.error, SourceError) and answer.error.withdrawn
                 at_work.slots = replace(at_work.slots, withdrawn=gone)
+                if gone:  # so is the one that was being tried
+                    at_work.slots = replace(at_work.slots, next=None)
                 self._fail(at_work, answer.error)
             elif isinstance(step, rotation.Renew) and _is_final(answer.error):
                 at_work.slots = rotation.not_renewable(at_work.slots, label)
@@ -950,10 +952,11 @@ class Broker:
         at_work.secrets = {k: v for k, v in at_work.secrets.items() if k in kept}
 
     def _polled(self, at_work: _Profile, credential: Credential, now: datetime) -> None:
-        """A followed source was read: the same key lives on, another is tried."""
+        """A followed source was read: the same key lives on, another is tried; no older one."""
         slots = replace(at_work.slots, polled_at=now, withdrawn=False)
         current = slots.current
-        if current is not None and _is_older(credential.lease, current.lease):
+        known = [key for key in (current, slots.next) if key is not None]
+        if any(_is_older(credential.lease, key.lease) for key in known):
             at_work.slots = slots
             if slots.rotate or not rotation.usable(current, at_work.policy, now):
                 problem = f"{credential.lease.source}: an older version was answered"
@@ -963,7 +966,8 @@ class Broker:
         label = f"{at_work.name}:{credential.secret.fingerprint}"
         if current is not None and current.label == label and not current.condemned:
             lease = replace(credential.lease, issued_at=current.lease.issued_at)
-            slots = replace(slots, current=replace(current, lease=lease), rotate=False)
+            current = replace(current, lease=lease)
+            slots = replace(slots, current=current, next=None, rotate=False)
             slots = rotation.worked(slots)
         elif slots.next is None or slots.next.label != label:
             key = _followed(label, credential, at_work.policy.issuer, at_work.policy)

@@ -288,7 +288,7 @@ def _candidates(slots: Slots, policy: Policy, now: datetime) -> Iterator[tuple[d
         renewal = renew_at(current, policy)
         if renewal is not None and not slots.rotate:
             yield max(renewal, current.not_before or renewal), Renew(current.label)
-    if slots.next is None:
+    if slots.next is None or policy.kind is Kind.FOLLOWED:  # its owner may have a better one
         yield from _replacement(slots, policy, now)
     if current is not None and current.refused_at is not None and not current.condemned:
         due = current.refused_at + SECOND_REFUSAL_AFTER
@@ -367,7 +367,8 @@ def _replacement(slots: Slots, policy: Policy, now: datetime) -> Iterator[tuple[
             if current is not None and current.lease.reread_at is not None:
                 regular = min(regular, current.lease.reread_at)
             wanted = regular if wanted is None else min(wanted, regular)
-            if not slots.rotate:  # a source that has not rotated yet is asked no more often
+            # A source that has not rotated yet, or whose new key is tried, is asked no more often.
+            if not slots.rotate or slots.next is not None:
                 least = min(policy.poll - slack(policy), timedelta(seconds=5))
                 wanted = max(wanted, slots.polled_at + least)
         yield max(wanted or now, slots.not_before or now), Poll()

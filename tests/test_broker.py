@@ -862,6 +862,69 @@ def test_a_secret_that_was_made_anew_is_taken_though_its_count_begins_again(host
     assert host.ask() == "sk-first"
 
 
+def trying(host: Host) -> None:
+    """Have a second version tried that the gateway cannot decide on."""
+    host.owner.written = 10.0
+    host.start(following())
+    assert host.ask() == "sk-first"
+    host.owner.value, host.owner.written = "sk-second", 20.0
+    host.owner.looks["sk-second"] = Look.UNDECIDED
+    host.run(6 * MINUTE)
+    assert host.broker.slots("work").next is not None
+
+
+def test_a_version_that_is_tried_keeps_nobody_from_reading_the_next(host: Host) -> None:
+    """Its keeper may have noticed, too, that the gateway does not know what to make of it."""
+    trying(host)
+    host.owner.value, host.owner.written = "sk-third", 30.0
+    host.run(6 * MINUTE)
+    assert host.ask() == "sk-third"
+
+
+def test_somebody_in_a_hurry_has_no_version_read_in_a_hot_loop(host: Host) -> None:
+    """While it is tried."""
+    trying(host)
+    host.broker.hurry("work")
+    before = host.owner.reads
+    host.run(MINUTE)
+    assert host.owner.reads - before <= MINUTE / 5 + 1
+
+
+def test_a_version_that_is_taken_back_while_it_is_tried_is_never_out(host: Host) -> None:
+    """Its keeper wrote the one before again: that is the newest."""
+    trying(host)
+    host.owner.value, host.owner.written = "sk-first", 30.0
+    host.run(6 * MINUTE)
+    host.owner.looks.clear()
+    host.broker.news.clear()
+    host.run(HOUR)
+    assert host.ask() == "sk-first"
+    assert host.broker.news == []
+
+
+def test_a_version_that_is_deleted_while_it_is_tried_is_never_out(host: Host) -> None:
+    """The key that is known goes on."""
+    trying(host)
+    host.owner.problem = SourceInvalid("vault: version 2 was deleted", withdrawn=True)
+    host.run(6 * MINUTE)
+    host.owner.looks.clear()
+    host.run(HOUR)
+    assert host.ask() == "sk-first"
+
+
+def test_an_older_version_does_not_replace_one_that_is_tried(host: Host) -> None:
+    """A standby that is behind, between two that wait for the gateway."""
+    trying(host)
+    host.owner.value, host.owner.written = "sk-third", 30.0
+    host.owner.looks["sk-third"] = Look.UNDECIDED
+    host.run(6 * MINUTE)
+    host.owner.value, host.owner.written = "sk-second", 20.0
+    host.run(6 * MINUTE)
+    host.owner.looks.clear()
+    host.run(HOUR)
+    assert host.ask() == "sk-third"
+
+
 def test_a_keeper_s_advice_is_followed_but_never_in_a_rush(host: Host) -> None:
     """It says when the next version will be there: read then, not five minutes later."""
     host.owner.reread = 60.0
