@@ -862,6 +862,18 @@ def test_a_secret_that_was_made_anew_is_taken_though_its_count_begins_again(host
     assert host.ask() == "sk-first"
 
 
+def test_a_key_that_is_there_again_is_no_more_withdrawn(host: Host) -> None:
+    """Refusals alone do not condemn it then."""
+    host.start(following())
+    host.ask()
+    host.owner.problem = SourceInvalid("vault: version 1 was deleted", withdrawn=True)
+    host.run(6 * MINUTE)
+    assert host.broker.slots("work").withdrawn
+    host.owner.problem = None
+    host.run(6 * MINUTE)
+    assert not host.broker.slots("work").withdrawn
+
+
 def trying(host: Host) -> None:
     """Have a second version tried that the gateway cannot decide on."""
     host.owner.written = 10.0

@@ -415,6 +415,15 @@ def test_other_material_is_tried_at_once(desks: Desks, script: Script) -> None:
     assert (desk.session.failures, desk.session.trouble) == (0, None)
 
 
+def test_a_rest_by_a_clock_that_was_wrong_is_none(desks: Desks, script: Script) -> None:
+    """The clock was a day ahead when a login failed, and is right again."""
+    script.says("auth/approle/login", refused(400, "invalid role or secret ID"), granted())
+    desk = desks()
+    fails(SourceDenied, desk.read)
+    desk.aged(-timedelta(days=1))
+    assert desk.read().status == 200
+
+
 def test_a_session_that_the_broker_cleared_is_tried_at_once(desks: Desks, script: Script) -> None:
     """After a reload, say."""
     script.says("auth/approle/login", refused(400, "invalid role or secret ID"), granted())
@@ -621,6 +630,20 @@ def test_an_identity_of_aws_is_a_signed_question(
     assert "Credential=AKIATEST/" in headers["Authorization"][0]
     assert "/eu-west-1/sts/" in headers["Authorization"][0]
     assert f"{CANARY}key" not in json.dumps([body, headers])
+
+
+def test_credentials_that_aws_lends_anew_are_no_reason_to_try_again(
+    desks: Desks, script: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They are others each hour, and of the same identity."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIATEST")
+    script.says("auth/aws/login", refused(400, "IAM Principal arn:x does not belong to the role"))
+    desk = desks({"method": "aws", "role": "kb"})
+    for secret in ("one", "two", "three"):
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", f"{CANARY}{secret}")
+        fails(SourceDenied, desk.read)
+    assert script.paths() == ["auth/aws/login"]
 
 
 def test_no_credentials_of_aws_is_the_configurations_fault(

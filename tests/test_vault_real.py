@@ -720,6 +720,14 @@ def test_a_workload_of_an_openid_provider_logs_in(
         "jwt": {"command": ["echo", oidc.token()]},
     }
     assert desk(openbao, auth).source(path).issue("").secret == value
+    openbao.jwt("w", [policy], oidc.audience, "forgetful", config=config)  # has no keys of it yet
+    one = desk(openbao, {**auth, "mount": "forgetful"})
+    oidc.stop()
+    try:
+        error = one.fails(SourceUnavailable, lambda: one.source(path).issue(""))
+    finally:
+        oidc.start()
+    assert "cannot ask who made the token" in error.message
 
 
 def test_a_pod_logs_in(
@@ -764,6 +772,28 @@ def test_a_certificate_logs_in(openbao_tls: OpenBao, desk: Open) -> None:
         source = one.source(kv.path("llm"))
         error = one.fails(kind, lambda source=source: source.issue(""))  # type: ignore[misc]
         assert "refused our certificate" in error.message
+
+
+def test_a_certificate_that_is_renewed_is_shown(openbao_tls: OpenBao, desk: Open) -> None:
+    """In the same files, by the same process: not that of a connection that is still open."""
+    kv = openbao_tls.kv()
+    value = key()
+    kv.put("llm", key=value)
+    policy = openbao_tls.policy("llm", reading(kv, "llm"))
+    openbao_tls.cert("renewed", [policy], openbao_tls.authority, allowed_common_names=["new"])
+    mine, new = openbao_tls.authority.client("old"), openbao_tls.authority.client("new")
+    one = desk(
+        openbao_tls,
+        {"method": "cert", "name": "renewed"},
+        ca=str(openbao_tls.authority.file),
+        client_cert=str(mine.file),
+        client_key=str(mine.key),
+    )
+    source = one.source(kv.path("llm"))
+    one.fails(SourceDenied, lambda: source.issue(""))
+    mine.file.write_bytes(new.file.read_bytes())
+    mine.key.write_bytes(new.key.read_bytes())
+    assert source.issue("").secret == Secret(value)
 
 
 def test_an_authority_that_nobody_knows_is_said(openbao_tls: OpenBao, desk: Open) -> None:
