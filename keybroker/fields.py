@@ -24,6 +24,7 @@ UNITS = {
 LOCAL = ("env", "file", "keyring", "command")  # what is read on this machine
 REFERENCES = (*LOCAL, "vault")
 VAULT_PATH = re.compile(r"(?!/|v1/)[!-\"$-.0->@-~]+(?:/[!-\"$-.0->@-~]+)+")  # no #, ?, empty part
+VAULT_NAME = re.compile(r"/?[!-\"$-.0->@-~]+(?:/[!-\"$-.0->@-~]+)*/?")
 VAULT_REFERENCE = re.compile(rf"{VAULT_PATH.pattern}#[!-~]+")
 
 
@@ -135,6 +136,13 @@ def read_vault_path(value: Any) -> str:
     if not _text(value) or not VAULT_PATH.fullmatch(value):
         raise ValueError('expected a path such as "secret/data/llm/key", without /v1/ before it')
     return str(value)
+
+
+def read_vault_name(value: Any) -> str:
+    """Read a mount or a namespace; `bao auth list` shows them with a slash behind."""
+    if not _text(value) or not VAULT_NAME.fullmatch(value):
+        raise ValueError("expected a name such as eng or eng/tools, in printable ASCII")
+    return str(value).strip("/")
 
 
 def read_text_or_reference(value: Any) -> "str | Reference":
@@ -260,6 +268,7 @@ def _text(value: object) -> bool:
 
 
 VAULT_API_PATH = Kind(read_vault_path, {"type": "string", "pattern": f"^{VAULT_PATH.pattern}$"})
+MOUNT = Kind(read_vault_name, {"type": "string", "pattern": f"^{VAULT_NAME.pattern}$"})
 TEXT = Kind(read_text, {"type": "string", "minLength": 1})
 PATH = Kind(read_path, {"type": "string", "pattern": "^/"})
 TEXTS = Kind(read_texts, {"type": "array", "items": {"type": "string", "minLength": 1}})

@@ -18,6 +18,7 @@ from keybroker.fields import (
     ADDRESSES,
     BOOLEAN,
     LOCAL_REFERENCE,
+    MOUNT,
     PATH,
     TEXT,
     TEXT_OR_REFERENCE,
@@ -35,7 +36,7 @@ PLACE = {
         "ones that a redirect may lead to.",
         default=(),
     ),
-    "namespace": Field(TEXT, "The namespace of path and login; VAULT_NAMESPACE when absent."),
+    "namespace": Field(MOUNT, "The namespace of path and login; VAULT_NAMESPACE when absent."),
     "ca": Field(PATH, "A PEM file of the authorities of its certificate; VAULT_CACERT."),
     "client_cert": Field(PATH, "A PEM file of our certificate; VAULT_CLIENT_CERT when absent."),
     "client_key": Field(PATH, "A PEM file of its key; VAULT_CLIENT_KEY when absent."),
@@ -46,7 +47,7 @@ AUTH: dict[str, dict[str, Field]] = {
         "renew": Field(BOOLEAN, "Renew it while that works.", default=True),
     },
     "approle": {
-        "mount": Field(TEXT, "Where the method is mounted.", default="approle"),
+        "mount": Field(MOUNT, "Where the method is mounted.", default="approle"),
         "role_id": Field(TEXT_OR_REFERENCE, "The role_id, or where it is.", required=True),
         "secret_id": Field(LOCAL_REFERENCE, "Where the secret_id is, if the role wants one."),
         "wrapped_by": Field(
@@ -56,12 +57,12 @@ AUTH: dict[str, dict[str, Field]] = {
         ),
     },
     "jwt": {
-        "mount": Field(TEXT, "Where the method is mounted.", default="jwt"),
+        "mount": Field(MOUNT, "Where the method is mounted.", default="jwt"),
         "role": Field(TEXT, "The role; the method's default one when absent."),
         "jwt": Field(LOCAL_REFERENCE, "Where the token is; read for each login.", required=True),
     },
     "kubernetes": {
-        "mount": Field(TEXT, "Where the method is mounted.", default="kubernetes"),
+        "mount": Field(MOUNT, "Where the method is mounted.", default="kubernetes"),
         "role": Field(TEXT, "The role.", required=True),
         "token_path": Field(
             PATH,
@@ -70,21 +71,21 @@ AUTH: dict[str, dict[str, Field]] = {
         ),
     },
     "cert": {
-        "mount": Field(TEXT, "Where the method is mounted.", default="cert"),
+        "mount": Field(MOUNT, "Where the method is mounted.", default="cert"),
         "name": Field(TEXT, "The role; the server finds one that fits when absent."),
     },
     "userpass": {
-        "mount": Field(TEXT, "Where the method is mounted.", default="userpass"),
+        "mount": Field(MOUNT, "Where the method is mounted.", default="userpass"),
         "username": Field(TEXT, "The user's name.", required=True),
         "password": Field(LOCAL_REFERENCE, "Where the password is.", required=True),
     },
     "ldap": {
-        "mount": Field(TEXT, "Where the method is mounted.", default="ldap"),
+        "mount": Field(MOUNT, "Where the method is mounted.", default="ldap"),
         "username": Field(TEXT, "The user's name.", required=True),
         "password": Field(LOCAL_REFERENCE, "Where the password is.", required=True),
     },
     "aws": {
-        "mount": Field(TEXT, "Where the method is mounted.", default="aws"),
+        "mount": Field(MOUNT, "Where the method is mounted.", default="aws"),
         "role": Field(TEXT, "The role; the one of the identity's name when absent."),
         "region": Field(TEXT, "Whose STS signs.", default="us-east-1"),
         "server_id": Field(TEXT, "What X-Vault-AWS-IAM-Server-ID has to be, where it is checked."),

@@ -165,6 +165,16 @@ def test_a_variable_that_cannot_be_used_is_named() -> None:
     said = problem(kept(), {"auth": APPROLE}, {"VAULT_ADDR": "vault.example.com"})
 
     assert said.startswith("VAULT_ADDR: expected an address")
+    said = problem(kept(), {"auth": APPROLE, "address": ADDRESS}, {"BAO_NAMESPACE": "/"})
+    assert said.startswith("BAO_NAMESPACE: expected a name")
+
+
+def test_a_mount_may_be_written_as_bao_auth_list_shows_it() -> None:
+    """With a slash behind, which the server would answer with a redirect."""
+    table = {**TABLE, "auth": {**APPROLE, "mount": "team/approle/"}, "namespace": "/eng/"}
+    found = read(kept(), table).profiles["work"].vault
+    assert found is not None
+    assert (found.auth["mount"], found.namespace) == ("team/approle", "eng")
 
 
 def test_a_relative_path_in_a_variable_is_of_this_folder(
@@ -236,6 +246,9 @@ def test_a_reference_needs_the_table(kind: str) -> None:
         ({**TABLE, "client_cert": "/c.pem"}, "client_cert and client_key belong together"),
         ({**TABLE, "address": "unix:run/agent"}, "expected a path after unix:"),
         ({**TABLE, "address": "vault:8200"}, "it must begin with https:// or http://"),
+        ({**TABLE, "namespace": "é"}, "vault.namespace: expected a name such as"),
+        ({**TABLE, "namespace": "eng\n"}, "vault.namespace: expected a name such as"),
+        ({**TABLE, "auth": {**APPROLE, "mount": "a?b"}}, "vault.auth.mount: expected a name"),
         ({**TABLE, "nodes": ADDRESS}, "expected a list of texts"),
         ({**TABLE, "nodes": ["b.example.com"]}, "vault.nodes: expected an address"),
     ],
