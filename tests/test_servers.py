@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -659,6 +660,26 @@ def test_aws_moves_a_label_only_from_where_it_is(aws: Aws) -> None:
     versions = aws.secret(name)["VersionIdsToStages"]
     assert versions[first] == ["AWSPREVIOUS"]
     assert set(versions[pending]) == {"AWSCURRENT", "AWSPENDING"}
+
+
+def test_aws_lets_one_of_many_move_a_label(aws: Aws, aws_front: Front) -> None:
+    """However many see the same version as current."""
+    name = own("race")
+    first = aws.put(name, "sk-0")
+    manager = connect("secretsmanager", aws_front.url, aws.root)
+    put = partial(manager.put_secret_value, SecretId=name, VersionStages=["AWSPENDING"])
+    versions = [put(SecretString=f"sk-{number}")["VersionId"] for number in range(1, 7)]
+    asked = {"SecretId": name, "VersionStage": "AWSCURRENT", "RemoveFromVersionId": first}
+
+    def move(version: str) -> tuple[int, str]:
+        return said(manager.update_secret_version_stage, **asked, MoveToVersionId=version)
+
+    with ThreadPoolExecutor() as threads:
+        answers = list(threads.map(move, versions))
+
+    assert sorted(answers) == [(200, ""), *[(400, "InvalidParameterException")] * 5]
+    assert aws.labels(name)["AWSCURRENT"] == versions[answers.index((200, ""))]
+    assert aws.labels(name)["AWSPREVIOUS"] == first
 
 
 @pytest.mark.parametrize("corrected", [True, False])
