@@ -507,8 +507,10 @@ class Daemon:
             raise lent
         return self._broker
 
-    def _chosen(self, asked: Mapping[str, Any]) -> list[str]:
+    def _chosen(self, asked: Mapping[str, Any], every: Iterable[str]) -> list[str]:
         names = asked.get("profiles")
+        if names == wire.EVERY:
+            return list(every)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise NobodyAnswers("the daemon was asked in words it does not know")
         known = self._ready().names()
@@ -550,7 +552,7 @@ class Daemon:
         }
 
     def _rotate(self, asked: Mapping[str, Any], client: Client) -> Job:
-        broker, names = self._ready(), self._chosen(asked)
+        broker, names = self._ready(), self._chosen(asked, self._config.profiles)
         before = {name: broker.slots(name).current for name in names}
         for name in names:
             if name not in self._config.profiles:
@@ -565,7 +567,10 @@ class Daemon:
         return Job(client, result, time.monotonic() + ACT_SECONDS)
 
     def _revoke(self, asked: Mapping[str, Any], client: Client) -> Job:
-        broker, names = self._ready(), self._chosen(asked)
+        broker = self._ready()
+        slots = {name: broker.slots(name) for name in broker.names()}
+        ours = [name for name, one in slots.items() if outcomes.ours(broker, name) or one.open]
+        names = self._chosen(asked, ours)
         counts = {name: outcomes.ours(broker, name) for name in names}
         for name in names:
             profile = self._config.profiles.get(name)

@@ -36,6 +36,7 @@ LARGEST_PID = 2**31 - 1
 LARGEST_TTL_MS = 2**53
 WAIT = b"wait\n"
 TELLING = ("watch", "lend")  # operations that are answered by lines, until somebody closes
+EVERY = "*"  # in place of profiles' names, for which a request may have no room
 STRANGE = "its answer is none of ours"
 
 

@@ -218,6 +218,25 @@ def test_revoke_ends_all_and_rests_until_asked(running: Resident, gateway: DevGa
     assert len(gateway.live_keys()) == 1
 
 
+def test_all_of_many_profiles_have_room_in_a_request(
+    resident: Resident, gateway: DevGateway
+) -> None:
+    """Their names alone would be longer than any request."""
+    names = [f"a-long-name-of-a-profile-{number}" for number in range(45)]
+    resident.environment["ADMIN"] = gateway.master_key
+    resident.configure("".join(profile(gateway, name, 'verify = "none"') for name in names))
+    resident.start()
+    until(lambda: all(row["held"] for row in resident.status()["profiles"]))
+    first = {row["profile"]: row["fingerprint"] for row in resident.status()["profiles"]}
+    status, stdout, stderr = resident.cli("rotate", "--all", "--json")
+    assert (status, stderr) == (0, "")
+    assert {row["profile"]: row["replaced"] for row in json.loads(stdout)} == first
+    status, stdout, stderr = resident.cli("revoke", "--all", "--json")
+    assert (status, stderr) == (0, "")
+    assert sorted(row["profile"] for row in json.loads(stdout)) == sorted(names)
+    assert gateway.live_keys() == ()
+
+
 def test_a_command_that_must_be_the_owner_borrows_the_lock(
     running: Resident, gateway: DevGateway
 ) -> None:

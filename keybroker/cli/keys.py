@@ -237,7 +237,9 @@ def rotate_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
     with progress("rotating"):
         socket = daemon_socket()
         if socket is not None:
-            results = wire.control(socket, "rotate", ACT_SECONDS + 5, profiles=names)
+            results = wire.control(
+                socket, "rotate", ACT_SECONDS + 5, profiles=wire.EVERY if every else names
+            )
         else:
             results = _rotate(config, chosen)
     if as_json:
@@ -335,7 +337,8 @@ def revoke_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
     with progress("revoking"):
         socket = daemon_socket()
         if socket is not None:
-            results = wire.control(socket, "revoke", ACT_SECONDS + 5, profiles=chosen)
+            asked = wire.EVERY if every else chosen
+            results = wire.control(socket, "revoke", ACT_SECONDS + 5, profiles=asked)
         else:
             with owner() as lock, desk(config, lock=lock) as at:
                 results = [_revoke(at, name) for name in chosen]
