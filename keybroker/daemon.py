@@ -371,8 +371,8 @@ class Daemon:
 
     def _files_changed(self, mask: int) -> None:
         self._watch.read()
+        self._watch_directories()  # first: what is written into a folder from now on is told
         self._look_at_files()
-        self._watch_directories()
 
     def _look_at_files(self) -> None:
         """Read what is new: configuration, credentials. Listen anew where the socket is gone."""
@@ -395,6 +395,7 @@ class Daemon:
         try:
             paths.private_directory(Path(self._path).parent)
             self._server.replace(listening.listen(self._path))
+            self._watch_directories()  # the folder may be another
             self._write_guidance()
             self._log.say("warning", f"{self._path} was removed; it was made again")
         except (OSError, ConfigError) as error:  # a logout took the folder; a login makes another
@@ -405,7 +406,11 @@ class Daemon:
         wanted = {Path(self._path).parent, PACKAGE.parent}
         for file in (*self._config_files, *self._credential_files()):
             wanted |= {file.parent, file.resolve().parent}  # a link, and what it leads to
-        self._watch.directories(wanted)
+        used = [file.parent for file in (*self._config.files, *self._credential_files())]
+        places: set[Path] = set()
+        while (now := wanted.union(map(_standing, used))) != places:  # one came meanwhile
+            places = now
+            self._watch.directories(places)
 
     def _credential_files(self) -> list[Path]:
         """Return the files that credentials are read from."""
@@ -659,6 +664,13 @@ def _states(files: Iterable[Path]) -> dict[Path, tuple[int, int, int] | None]:
         else:
             states[file] = (found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
     return states
+
+
+def _standing(folder: Path) -> Path:
+    """Return a folder, or the one above it in which it would have to be made again."""
+    while not os.path.isdir(folder) and folder != folder.parent:
+        folder = folder.parent
+    return folder
 
 
 def _content(file: Path) -> bytes | None:

@@ -576,6 +576,23 @@ def test_a_file_that_is_gone_for_a_moment_costs_no_key(
     assert running.ask("work") == f"ok {key}"
 
 
+@pytest.mark.parametrize("how", ["moved", "removed", "removed with the one above"])
+def test_a_folder_that_is_made_again_is_watched(
+    running: Resident, gateway: DevGateway, how: str
+) -> None:
+    """Dotfiles are put in place by moving a folder away, or removing it, and making another."""
+    key, folder = running.key(), running.file.parent
+    if how == "moved":
+        folder.rename(folder.with_name("before"))
+    else:
+        shutil.rmtree(folder if how == "removed" else folder.parent)
+    until(lambda: "is gone" in running.said())
+    assert running.key() == key
+    folder.mkdir(mode=0o700, parents=True)
+    running.configure(profile(gateway, "other"))
+    until(lambda: running.ask("other").startswith("ok "))
+
+
 def test_a_named_configuration_may_be_relative(running: Resident, gateway: DevGateway) -> None:
     """The daemon in the background runs in another folder, and still reads that file."""
     key = running.key()
