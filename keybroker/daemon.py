@@ -63,6 +63,7 @@ UNLOCK_SECONDS = (60.0, 3600.0)  # between two looks at a locked keyring: at fir
 ACT_SECONDS = 20.0  # for a command's request
 BORROWED_SECONDS = 0.1  # between two looks whether the lock is free again
 COMPACT_SECONDS = 30.0
+MEND_SECONDS = 0.5  # until guidance that somebody removed is written anew; it may all be going
 LISTEN_SECONDS = 2.0  # between two tries to listen where that cannot be done for now
 MOST_WRITTEN = 10 * COMPACT_ABOVE  # records; then nothing is begun until the journal is compacted
 STOP_SECONDS = 5.0  # for what is under way when the daemon is told to end
@@ -132,6 +133,7 @@ class Daemon:
         self._seen_package = _content(PACKAGE)
         self._seen_files = _states(self._config_files)
         self._seen_keys = _states(self._credential_files())
+        self._seen_guidance = _states(self._guidance_files())
         self._origin = ""
         self._opening: int | None = None  # the request that opens the cache
         self._opens = 0  # times that it had to be sent again
@@ -139,6 +141,7 @@ class Daemon:
         self._written = 0  # records since the last time
         self._unlock_at, self._unlock_after = math.inf, UNLOCK_SECONDS[0]
         self._listen_at = math.inf  # the socket is gone and could not be made again
+        self._mend_at = math.inf  # somebody changed the guidance
         self._ends_at: float | None = None  # it was told to end
         self._watchers: list[Client] = []
         self._told_at, self._tell_at = 0.0, math.inf
@@ -219,6 +222,8 @@ class Daemon:
             self._listen_at = math.inf
             self._look_at_files()
             self._watch_directories()
+        if now >= self._mend_at:
+            self._write_guidance()
         self._server.tidy(now)
         self._answers.settle()
         if self._answers.named:
@@ -228,7 +233,7 @@ class Daemon:
         for file, reason in self._push.run(time.monotonic()):
             self._log.once("warning", f"{file} {reason}: {NOT_TOLD}", about=file)
         self._tell_watchers(now)
-        times = [self._pool.limit, self._unlock_at, self._listen_at, self._ends_at]
+        times = [self._pool.limit, self._unlock_at, self._listen_at, self._mend_at, self._ends_at]
         times += [self._push.due(), self._server.due, self._answers.due]
         wake += [at for at in times if at is not None]
         if self._watchers:
@@ -387,6 +392,8 @@ class Daemon:
             self._seen_keys = keys
             if self._broker is not None:
                 self._broker.retry()
+        if self._seen_guidance != _states(self._guidance_files()):
+            self._mend_at = min(self._mend_at, time.monotonic() + MEND_SECONDS)
         if not self._begun.inherited and self._ends_at is None and not os.path.exists(self._path):
             self._listen_again()
 
@@ -491,12 +498,18 @@ class Daemon:
         return f"{ready} of {len(self._config.profiles)} profiles have a key"
 
     def _write_guidance(self) -> None:
+        self._mend_at = math.inf
         try:
             folder = Path(self._path).parent
             guidance.write(folder, self._config.profiles.values(), self._config.default, Disk())
         except OSError as error:
             text = f"guidance cannot be written ({error.strerror})"
             self._log.once("warning", text, about="guidance")
+        self._seen_guidance = _states(self._guidance_files())
+
+    def _guidance_files(self) -> list[Path]:
+        folder = Path(self._path).parent
+        return [folder / name for name in guidance.names(self._config.profiles)]
 
     # control
 

@@ -52,6 +52,11 @@ def ttl_reason(profile: Profile) -> str:
     return f"{every}; {share} a quarter of the key's {show_duration(lifetime)}, {outcome}"
 
 
+def names(profiles: Iterable[str]) -> list[str]:
+    """Return the names of the files that `write` brings up to date."""
+    return [JSON, ENV, *map(_name, profiles)]
+
+
 def write(runtime: Path, profiles: Iterable[Profile], default: str | None, disk: Disk) -> bool:
     """
     Bring the files up to date: those that differ are replaced, those of no profile removed.

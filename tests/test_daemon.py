@@ -593,6 +593,19 @@ def test_a_folder_that_is_made_again_is_watched(
     until(lambda: running.ask("other").startswith("ok "))
 
 
+def test_guidance_that_somebody_changed_is_mended(running: Resident, gateway: DevGateway) -> None:
+    """What cleans folders of the moment takes it away, or a person edits it."""
+    folder = running.socket.parent
+    files = [folder / name for name in ("guidance.env", "guidance-work.env", "guidance.json")]
+    before = [file.read_bytes() for file in files]
+    files[0].unlink()
+    files[1].unlink()
+    files[2].write_text("{}")
+    until(lambda: [file.exists() and file.read_bytes() for file in files] == before)
+    running.configure(profile(gateway, settings='helper_ttl = "30s"'))
+    until(lambda: "'30000'" in files[0].read_text())
+
+
 def test_a_named_configuration_may_be_relative(running: Resident, gateway: DevGateway) -> None:
     """The daemon in the background runs in another folder, and still reads that file."""
     key = running.key()
