@@ -45,13 +45,14 @@ def _row(broker: Broker, profile: Profile) -> dict[str, Any]:
     step, when = _next(slots, profile, now)
     if broker.rests(profile.name) and current is None:
         step, when = "mint when somebody asks", None
+    held = broker.credential(profile.name) is not None
     row: dict[str, Any] = {
         "profile": profile.name,
         "source": str(profile.issuer),
         "base_url": profile.base_url,
         "kind": profile.kind.value,
         "phase": rotation.phase(slots, policy, now).value,
-        "held": broker.credential(profile.name) is not None,
+        "held": held,
         "late": False,
         "fingerprint": None,
         "verified": None,
@@ -77,8 +78,11 @@ def _row(broker: Broker, profile: Profile) -> dict[str, Any]:
             late=ends is not None
             and policy.kind.ours
             and now > ends - rotation.hold_of(current, policy),
-            survives_outage_s=None if ends is None else max(0.0, (ends - now).total_seconds()),
         )
+    if current is not None and held:  # or nobody has it to go on with
+        ends = current.lease.expires_at
+        left = None if ends is None else max(0.0, (ends - now).total_seconds())
+        row["survives_outage_s"] = left
     return row
 
 

@@ -307,6 +307,9 @@ def test_get_gives_up_no_key_that_is_only_locked(cli: Cli, tmp_path: Path) -> No
     assert (status, stdout) == (69, "")
     assert "a minted key could not be kept" in one_line(stderr)
     assert (row["held"], row["retired"]) == (False, [])
+    assert (row["lid"]["safe"], row["survives_outage_s"]) == (False, 0.0)
+    shown = json.loads(cli("status", "--json", environment=there)[1])
+    assert shown["profiles"][0]["lid"]["safe"]
     assert cli("get", environment=there) == first
     assert cli.live() == 1
 

@@ -151,6 +151,12 @@ def _lid(row: dict[str, Any], length: timedelta) -> dict[str, Any]:
     """Say what becomes of a session while the machine sleeps that long."""
     if row["fingerprint"] is None or row["phase"] in ("expired", "condemned"):
         return {"for_s": length.total_seconds(), "safe": False, "why": "there is no key"}
+    if not row["held"]:
+        why = "the key cannot be handed out now"
+        return {"for_s": length.total_seconds(), "safe": False, "why": why}
+    if row["phase"] == "suspect":
+        why = "the gateway refused the key, which is being replaced"
+        return {"for_s": length.total_seconds(), "safe": False, "why": why}
     if row["expires_at"] is None:
         return {"for_s": length.total_seconds(), "safe": True, "why": "the key has no end"}
     ends = datetime.fromisoformat(row["expires_at"])
