@@ -52,7 +52,7 @@ from keybroker.pool import Answer, Pool, sessions, variables
 from keybroker.push import Push, SettingsFiles
 from keybroker.rotation import Kind
 from keybroker.server import Client, Server
-from keybroker.slots import replay
+from keybroker.slots import REPLACED, replay
 
 TURN_SECONDS = 20.0  # a turn that takes longer kills the process
 REARM_SECONDS = 1.0  # while there is no sleep between turns
@@ -70,6 +70,7 @@ STOP_SECONDS = 5.0  # for what is under way when the daemon is told to end
 TICK_SECONDS = 30.0  # where a wake-up cannot be told from sleep
 FAILED_SECONDS = 1.0  # until the next turn, after one that failed
 LONGEST_SLEEP = 86_400.0
+JUST_NOW = 0.1  # a file's times are by a clock that goes in steps
 PACKAGE = Path(keybroker.__file__)  # written anew by each installation
 MOST_WATCHERS = 16
 WATCH_APART = 0.2
@@ -348,9 +349,22 @@ class Daemon:
                 reread=self._journal.read,
             )
             self._answers.begin(self._broker)
+            self._push_what_was_cut_off(self._broker)
             kernel.trim()
         elif wrap_key is not None:
             self._broker.unlock(wrap_key, self._origin, sealed, held)
+
+    def _push_what_was_cut_off(self, broker: Broker) -> None:
+        """Tell clients of a key that was replaced when no daemon was there, or one that ended."""
+        told = self._files.changed_at()
+        if told is None:
+            return
+        for profile in self._config.profiles.values():
+            for key in broker.slots(profile.name).retired:
+                if key.why != REPLACED or key.retired is None or not profile.push:
+                    continue
+                if key.retired.wall.timestamp() > told + JUST_NOW:
+                    self._push.replaced(time.monotonic())
 
     # what the outside says
 

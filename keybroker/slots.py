@@ -12,6 +12,8 @@ from keybroker.clock import Instant
 from keybroker.credential import Issuer, Lease, Verdict
 from keybroker.values import dataclass, replace
 
+REPLACED = "replaced"  # why a key was retired
+
 
 class Event(StrEnum):
     """What a line of the journal says happened to a label."""
@@ -238,7 +240,7 @@ def _swap(slots: Slots, record: Record) -> Slots:
     retired = slots.retired
     if slots.current is not None:
         revoke_at = record.revoke_at or record.at + slots.current.hold
-        retired = (*retired, _retire(slots.current, revoke_at, "replaced", record))
+        retired = (*retired, _retire(slots.current, revoke_at, REPLACED, record))
     current = replace(new, verified=record.why, failures=0, not_before=None)
     return replace(slots, current=current, retired=retired, rotate=False)
 

@@ -738,6 +738,27 @@ def test_settings_are_touched_only_when_a_key_was_replaced(
     until(lambda: file.stat().st_mtime_ns > touched)
 
 
+def test_a_key_that_was_replaced_without_a_touch_has_it_made_up_for(running: Resident) -> None:
+    """A command replaced it, or a daemon that ended just then; once, and not for anything else."""
+    settings = mine(running)
+    file = Path(settings["directory"], "settings.json")
+    before = file.stat().st_mtime_ns
+    running.ask("work", os.getpid(), TTL, **settings)
+    running.kill()
+    running.start()
+    running.key()
+    running.kill()
+    assert running.cli("rotate")[0] == 0
+    assert file.stat().st_mtime_ns == before
+    running.start()
+    touched = until(lambda: file.stat().st_mtime_ns != before and file.stat().st_mtime_ns)
+    running.kill()
+    running.start()
+    running.key()
+    time.sleep(0.5)
+    assert file.stat().st_mtime_ns == touched
+
+
 def test_push_can_be_switched_off(running: Resident, gateway: DevGateway) -> None:
     """A profile that says `push = false` touches nothing."""
     settings = mine(running)
