@@ -11,20 +11,22 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from keybroker import client, wire
+from keybroker import client, paths, wire
 from keybroker.audit import Audit
 from keybroker.cli.status import helper_line
 from keybroker.devgateway import DevGateway
 from keybroker.errors import ConfigError, NotReady
 from keybroker.journal import Journal
-from keybroker.slots import replay
+from keybroker.slots import Event, Record, replay
 from tests.patched import daemon_with
 from tests.resident import Home, Resident, until
-from tests.servers.faults import Faults, Status
+from tests.servers.faults import Faults, Hang, Status
 from tests.servers.keyring import Keyring
 
 TTL = 60_000
@@ -212,6 +214,7 @@ def test_revoke_ends_all_and_rests_until_asked(running: Resident, gateway: DevGa
     status, stdout, _ = running.cli("revoke", "work")
     assert (status, stdout) == (0, "work: 2 revoked\n")
     assert gateway.live_keys() == ()
+    until(lambda: list((running.state / paths.CACHE).glob("*.sealed")) == [])
     running.cli("status")
     assert gateway.live_keys() == ()
     assert running.key() != first
@@ -249,6 +252,27 @@ def test_a_command_that_must_be_the_owner_borrows_the_lock(
     assert running.cli("rotate")[0] == 0
     assert running.key() != key
     assert len(gateway.live_keys()) == 2
+
+
+def test_what_a_borrower_of_the_lock_wrote_is_known_at_once(
+    running: Resident, gateway: DevGateway
+) -> None:
+    """It gave up the current key: that one is not handed out any more."""
+    key, [current] = running.key(), replay(Journal(running.state).read()).values()
+    assert current.current is not None
+    lent = wire.watch(running.socket, "lend")
+    assert next(lent) == {}
+    lock = paths.take_owner_lock(running.state)
+    assert lock is not None
+    now = datetime.now(UTC)
+    record = Record(now, Event.RETIRED, "work", current.current.label, revoke_at=now, why="test")
+    Journal(running.state).write(record)
+    os.close(lock)
+    assert running.key() == key  # it is not known before the lock is back
+    lent.close()
+    until(lambda: running.ask("work") != f"ok {key}")
+    until(lambda: len(gateway.live_keys()) == 1)  # the one given up is revoked
+    assert running.key() != key
 
 
 def test_status_is_the_daemons(running: Resident) -> None:
@@ -306,10 +330,16 @@ def test_get_starts_a_daemon(resident: Resident, gateway: DevGateway) -> None:
     assert resident.cli("daemon", "--stop") == (0, "no daemon runs\n", "")
 
 
+def remove(folder: Path) -> None:
+    """Remove a folder at once: the daemon makes its files again while it is emptied."""
+    away = folder.rename(folder.with_name("away"))
+    shutil.rmtree(away)
+
+
 def test_a_socket_that_is_gone_is_made_again(running: Resident) -> None:
     """At once; where the folder cannot be made, as between a logout and a login, when it can."""
     key, folder = running.key(), running.socket.parent
-    shutil.rmtree(folder)
+    remove(folder)
     until(running.listens)
 
     assert running.process is not None
@@ -321,7 +351,7 @@ def test_a_socket_that_is_gone_is_made_again(running: Resident) -> None:
     folder.unlink()
     until(running.listens)
     assert running.key() == key
-    shutil.rmtree(folder)  # it is watched again
+    remove(folder)  # it is watched again
     until(running.listens)
 
 
@@ -533,6 +563,21 @@ def test_a_denied_admin_key_is_tried_again_when_its_file_changes(
     until(lambda: resident.ask("work").startswith("ok "))
 
 
+def test_what_was_denied_is_tried_again_at_a_reload(
+    resident: Resident, gateway: DevGateway
+) -> None:
+    """A denial waits for minutes; somebody who mended it at the gateway does not."""
+    master, gateway.master_key = gateway.master_key, "sk-another"
+    resident.environment["ADMIN"] = master
+    resident.configure(profile(gateway))
+    resident.start()
+    until(lambda: resident.row()["trouble"])
+    gateway.master_key = master
+    assert resident.ask("work").startswith("error 77 ")
+    assert resident.cli("reload")[0] == 0
+    assert resident.key("work").startswith("sk-")
+
+
 def test_a_linked_configuration_is_followed(running: Resident, gateway: DevGateway) -> None:
     """As with dotfiles that are kept elsewhere: what the link leads to is what counts."""
     running.key()
@@ -630,6 +675,31 @@ def test_a_storm_of_hangups_is_one_reload(running: Resident) -> None:
     assert running.kill(signal.SIGTERM) == 0
 
 
+def children(pid: int) -> list[int]:
+    """Return a daemon's workers."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [int(one) for one in found.stdout.split()]
+
+
+def test_a_reload_names_other_variables_and_keeps_those_of_the_journal(
+    resident: Resident, gateway: DevGateway
+) -> None:
+    """A new worker has the admin key of the new profile, and that of the keys that are given up."""
+    resident.environment.update(ADMIN=gateway.master_key, OTHER=gateway.master_key)
+    short = 'helper_ttl = "1s"\nhold = "3s"'
+    resident.configure(profile(gateway, "work", short))
+    resident.start()
+    resident.key()
+    [first] = gateway.live_keys()
+    resident.configure(profile(gateway, "other").replace("ADMIN", "OTHER"))
+    until(lambda: resident.ask("work").startswith("error 78 "))
+    assert resident.process is not None
+    for worker in children(resident.process.pid):  # which has what was named before
+        os.kill(worker, signal.SIGKILL)
+    until(lambda: resident.ask("other").startswith("ok "))
+    until(lambda: first not in gateway.live_keys())
+
+
 def test_profiles_come_and_go_while_others_wait(resident: Resident, gateway: DevGateway) -> None:
     """A key file that changes, a rotation and a reader that wait: nobody's profile is missed."""
     file = resident.home.path / "key"
@@ -715,6 +785,22 @@ def test_suspicion_without_an_answer_gives_the_key(resident: Resident, gateway: 
         assert time.monotonic() - started < 6
 
 
+def test_suspicion_of_a_gateway_that_hangs_ends_in_time(
+    resident: Resident, gateway: DevGateway
+) -> None:
+    """Nobody waits for its answer for longer than 5 s."""
+    resident.environment["ADMIN"] = gateway.master_key
+    with Faults(gateway.url) as faults:
+        resident.configure(profile(faults))
+        resident.start()
+        key = resident.key()
+        resident.ask("work", os.getpid(), TTL)
+        faults.next(Hang(), times=20)
+        started = time.monotonic()
+        assert resident.ask("work", os.getpid(), TTL) == f"ok {key}"
+        assert 4 < time.monotonic() - started < 6
+
+
 def test_settings_are_touched_only_when_a_key_was_replaced(
     running: Resident, gateway: DevGateway
 ) -> None:
@@ -759,6 +845,24 @@ def test_a_key_that_was_replaced_without_a_touch_has_it_made_up_for(running: Res
     assert file.stat().st_mtime_ns == touched
 
 
+def test_a_file_that_is_mended_is_touched_after_a_reload(running: Resident) -> None:
+    """What was switched off is tried again when a person says so."""
+    settings = mine(running)
+    file = Path(settings["directory"], "settings.json")
+    file.unlink()
+    file.mkdir()
+    running.ask("work", os.getpid(), TTL, **settings)
+    running.cli("rotate")
+    until(lambda: running.status()["push"]["off"] == {str(file): "is not a regular file"})
+    file.rmdir()
+    mine(running)
+    before = file.stat().st_mtime_ns
+    assert running.cli("reload")[0] == 0
+    assert running.status()["push"]["off"] == {}
+    running.cli("rotate")
+    until(lambda: file.stat().st_mtime_ns != before)
+
+
 def test_push_can_be_switched_off(running: Resident, gateway: DevGateway) -> None:
     """A profile that says `push = false` touches nothing."""
     settings = mine(running)
@@ -782,6 +886,32 @@ def test_the_audit_says_who_was_given_what(running: Resident) -> None:
     assert lines[-1]["uid"] == os.getuid()
     assert lines[-1]["fingerprint"] == running.row()["fingerprint"]
     assert running.cli("audit", "verify")[0] == 0
+
+
+def test_what_was_given_just_before_the_end_is_in_the_audit(running: Resident) -> None:
+    """It is written a moment later, or as the daemon ends."""
+    running.key()
+    until(lambda: Audit(running.state).read()[-1]["event"] == "given")
+    before = len(Audit(running.state).read())
+    running.ask("work", os.getpid(), 0)
+    assert running.kill(signal.SIGTERM) == 0
+    [line] = Audit(running.state).read()[before:]
+    assert (line["event"], line["pid"]) == ("given", os.getpid())
+
+
+def test_who_waits_when_it_is_told_to_end_is_told_so(
+    resident: Resident, gateway: DevGateway
+) -> None:
+    """Not left with a connection that breaks off."""
+    resident.environment["ADMIN"] = gateway.master_key
+    with Faults(gateway.url) as faults, ThreadPoolExecutor() as others:
+        faults.next(Hang(), times=None)
+        resident.configure(profile(faults))
+        resident.start()
+        waiting = others.submit(resident.ask, "work")
+        time.sleep(0.5)
+        assert resident.kill(signal.SIGTERM) == 0
+        assert waiting.result(15).startswith("error 75 keybroker: the daemon was stopped")
 
 
 def test_a_locked_keyring_costs_no_key(home: Home, gateway: DevGateway) -> None:

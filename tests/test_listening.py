@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -517,6 +518,28 @@ def test_a_turn_that_sticks_is_its_end(ready: Resident) -> None:
     assert ended(ready) == -signal.SIGALRM
     ready.start()
     assert ready.key() == key
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux shows it")
+def test_what_it_makes_is_closed_to_others(ready: Resident) -> None:
+    """Whatever the umask of who started it."""
+    old = os.umask(0)
+    try:
+        ready.start()
+    finally:
+        os.umask(old)
+    assert ready.process is not None
+    assert "Umask:\t0077\n" in Path(f"/proc/{ready.process.pid}/status").read_text()
+
+
+def test_a_daemon_that_sleeps_is_not_stuck(ready: Resident) -> None:
+    """The timer is put away before each sleep, however long that is."""
+    short = "from keybroker import daemon\ndaemon.TURN_SECONDS = 1.0"
+    ready.start(command=daemon_with(short, ready.state, ready.socket))
+    key = ready.key()
+    for _ in range(2):
+        time.sleep(2.5)
+        assert ready.key() == key
 
 
 # its parts
