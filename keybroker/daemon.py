@@ -84,10 +84,14 @@ def run(begun: Begun, state: str, path: str, form: str) -> int:
     try:
         return Daemon(begun, Path(state), path, log).serve()
     except KeybrokerError as error:
-        log.say("error", wire.one_line(error).removeprefix("keybroker: "))
-        if not begun.inherited:
+        problem = error
+    except Exception as error:  # its text may hold a secret; its type does not
+        problem = KeybrokerError(f"internal error: {type(error).__name__} at {place(error)}")
+    log.say("error", wire.one_line(problem).removeprefix("keybroker: "))
+    if not begun.inherited:
+        with suppress(OSError):
             os.unlink(path)
-        return error.exit_status
+    return problem.exit_status
 
 
 class Daemon:
@@ -426,7 +430,8 @@ class Daemon:
     def _watch_directories(self) -> None:
         wanted = {Path(self._path).parent, PACKAGE.parent}
         for file in (*self._config_files, *self._credential_files()):
-            wanted |= {file.parent, file.resolve().parent}  # a link, and what it leads to
+            # a link, and what it leads to, if not back to itself
+            wanted |= {file.parent, Path(os.path.realpath(file)).parent}
         used = [file.parent for file in (*self._config.files, *self._credential_files())]
         places: set[Path] = set()
         while (now := wanted.union(map(_standing, used))) != places:  # one came meanwhile

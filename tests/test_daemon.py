@@ -591,6 +591,41 @@ def test_a_linked_configuration_is_followed(running: Resident, gateway: DevGatew
     until(lambda: running.ask("home").startswith("ok "))
 
 
+def test_a_key_file_that_leads_nowhere_costs_no_other_profile(
+    resident: Resident, gateway: DevGateway
+) -> None:
+    """A link to itself, from the start and in a configuration that is read later."""
+    file = resident.home.path / "key"
+    file.symlink_to(file)
+    lost = profile(gateway, "lost").replace('{ env = "ADMIN" }', f'{{ file = "{file}" }}')
+    resident.environment["ADMIN"] = gateway.master_key
+    for first, second in ((lost + profile(gateway), ""), (profile(gateway), lost)):
+        resident.configure(first)
+        resident.start()
+        resident.key("work")
+        resident.configure(first + second)
+        assert resident.cli("reload")[0] == 0
+        until(lambda: "cannot be read" in resident.ask("lost"))
+        assert resident.kill(signal.SIGTERM) == 0
+    assert "Traceback" not in resident.said()
+    assert "internal error" not in resident.said()
+
+
+def test_a_fault_of_ours_at_the_start_is_one_line(resident: Resident, gateway: DevGateway) -> None:
+    """No traceback, whose text may hold a secret, and no socket that nobody listens at."""
+    resident.configure(profile(gateway))
+    broken = "from keybroker import guidance\ndef write(*_):\n    raise ValueError('sk-secret')\n"
+    broken += "guidance.write = write"
+    command = daemon_with(broken, resident.state, resident.socket)
+    resident.start(command=command, ready=False)
+    assert resident.process is not None
+    assert resident.process.wait(15) == 70
+    [line] = resident.said().splitlines()
+    assert "internal error: ValueError at " in line
+    assert "sk-secret" not in line
+    assert not resident.socket.exists()
+
+
 def test_a_key_file_of_somebody_elses_is_read_when_it_changes(resident: Resident) -> None:
     """Not at the next poll."""
     file = resident.home.path / "key"
