@@ -150,6 +150,20 @@ def test_another_version_is_told_what_to_do(running: Resident) -> None:
     )
 
 
+@pytest.mark.parametrize("about", ["{}", "[]", "null", '{"state": 1}'])
+def test_a_daemon_that_says_something_else_of_itself_is_none(
+    resident: Resident, about: str
+) -> None:
+    """One of another version: the command says what to do."""
+    resident.configure("")
+    version = "from keybroker import daemon, wire\n"
+    version += f"daemon.Daemon._who = lambda self: __import__('json').loads({about!r})"
+    resident.start(command=daemon_with(version, resident.state, resident.socket))
+    status, stdout, stderr = resident.cli("reload")
+    assert (status, stdout) == (69, "")
+    assert stderr.endswith("does not answer\nhint: keybroker daemon --stop\n")
+
+
 def test_without_a_key_there_is_a_reason(resident: Resident) -> None:
     """Nobody listens at the gateway: status 75, what happened, what to type, in time."""
     resident.environment["ADMIN"] = "sk-admin"

@@ -87,18 +87,19 @@ def daemon_socket() -> Path | None:
         return None
     try:
         about = wire.control(socket, "about", ABOUT_SECONDS)
-    except NobodyAnswers:
+        its_state, its_config = about["state"], about["config"]
+    except (NobodyAnswers, KeyError, TypeError):  # or in words that another version may know
         raise NobodyAnswers(
             f"the daemon at {socket} does not answer", hint="keybroker daemon --stop"
         ) from None
-    if about["state"] != str(where):
+    if its_state != str(where):
         raise NobodyAnswers(
             f"the daemon at {socket} has another state directory",
             hint="give each a runtime directory of its own",
         )
-    if about["config"] != paths.named_config(os.environ):
+    if its_config != paths.named_config(os.environ):
         raise NobodyAnswers(
-            f"the daemon that runs reads {about['config'] or 'the usual configuration'}",
+            f"the daemon that runs reads {its_config or 'the usual configuration'}",
             hint="keybroker daemon --stop",
         )
     return socket
