@@ -76,6 +76,7 @@ class _Profile:
     busy: "tuple[int, rotation.Step, str] | None" = None  # request, step, label
     due: datetime | None = None  # when it is looked at again
     ending: str = ""  # why all its keys are given up
+    absent: set[str] = field(default_factory=set)  # labels that are not where keys are published
     resting: bool = False  # they were: nothing is minted before somebody asks
     asked: bool = False  # somebody waits
     check: bool = False  # look at the current key: somebody may have been refused with it
@@ -481,7 +482,8 @@ class Broker:
     def end(self, name: str, why: str) -> None:
         """Give up every key of a profile, to be revoked at once: no reader gets a hold."""
         at_work = self._profiles[name]
-        at_work.ending, at_work.resting = why, True
+        at_work.ending = why
+        at_work.resting = not at_work.policy.publishes  # there are others who read it
         self._change(at_work)
 
     def wind_down(self) -> None:
@@ -574,6 +576,8 @@ class Broker:
                     self._cannot_keep(at_work) or at_work.name in self._locked
                 )
                 if not locked and (key.not_before is None or key.not_before <= now):
+                    if self._can_recover(at_work, key):
+                        return rotation.Recover(key.label)
                     return rotation.Retire(key.label, _why_lost(at_work))
                 if key.not_before is not None:
                     put_off.append(key.not_before)
@@ -620,6 +624,11 @@ class Broker:
             return instant.wall
         return judge(at_work.anchor, instant).now
 
+    def _can_recover(self, at_work: _Profile, key: Key) -> bool:
+        """Say whether a key whose secret was lost here may be where keys are published."""
+        begun = at_work.policy.publishes and key.base is not None and at_work.profile is not None
+        return begun and key.label not in at_work.absent and rotation.fits(key, at_work.policy)
+
     def _cannot_keep(self, at_work: _Profile) -> bool:
         return self._wrap_key is None and not self._keeps and at_work.policy.kind.ours
 
@@ -650,7 +659,8 @@ class Broker:
             sealed = replace(sealed, credential=Credential(sealed.credential.secret, known.lease))
             if known is slots.next:
                 verified = Verdict(Look.ALIVE, sealed.verified)
-                slots = replace(slots, next=replace(known, verdict=verified))
+                staged = known.base is not None
+                slots = replace(slots, next=replace(known, verdict=verified, staged=staged))
         at_work.slots = slots
         at_work.secrets[sealed.label] = sealed.credential
         at_work.anchor = at_work.new_anchor = sealed.anchor
@@ -705,7 +715,26 @@ class Broker:
             label = new_label(self._instance, profile.name, self._clock.read().wall)
             self._send(at_work, step, label, "issue", 2 * calls, profile=profile, label=label)
         elif isinstance(step, rotation.Poll):
-            self._send(at_work, step, "", "poll", calls, profile=profile)
+            current = slots.current  # who is in a hurry wants it read, whatever the labels say
+            known = current is not None and current.label in at_work.secrets and not slots.rotate
+            lease = current.lease if current is not None and known else None
+            self._send(at_work, step, "", "poll", calls, profile=profile, lease=lease)
+        elif isinstance(step, rotation.Stage):
+            self._send(
+                at_work,
+                step,
+                step.label,
+                "stage",
+                calls,
+                profile=profile,
+                label=step.label,
+                credential=at_work.secrets[step.label],
+                base=_known(slots, step.label).base,
+            )
+        elif isinstance(step, rotation.Recover):
+            self._send(
+                at_work, step, step.label, "recover", calls, profile=profile, label=step.label
+            )
         elif isinstance(step, rotation.Renew):
             lease = _known(slots, step.label).lease
             self._send(
@@ -740,6 +769,7 @@ class Broker:
                 anchor=at_work.anchor if again else self._anchor_of_new(at_work),
                 hold=None if again else _hold_of_current(at_work),
                 replaces="" if again or slots.current is None else slots.current.fingerprint,
+                base=None if again or not at_work.policy.publishes else key.base,
             )
 
     def _retire(self, at_work: _Profile, step: rotation.Retire) -> None:
@@ -761,7 +791,8 @@ class Broker:
             self._change(at_work)  # nobody's answer will
             return
         revoke_at = self._clock.read().wall
-        if key is at_work.slots.current and not at_work.ending:  # it was handed out
+        out = key is at_work.slots.current or key.base is not None
+        if out and not at_work.ending:  # it was handed out, or may have been read by others
             revoke_at += rotation.hold_of(key, at_work.policy)
         self._send(
             at_work,
@@ -786,13 +817,15 @@ class Broker:
         /,
         **values: Any,
     ) -> None:
-        issuer: Issuer = values.get(
-            "issuer", at_work.policy.issuer
-        )  # of the key, or of the profile
+        # of the key, or of the profile
+        issuer: Issuer = values.get("issuer", at_work.policy.issuer)
         if isinstance(step, rotation.Verify):
             at_work.check = False
         now = self._clock.read().wall
         asks = not isinstance(step, rotation.Verify | rotation.Publish | rotation.Retire)
+        puts = isinstance(step, rotation.Stage | rotation.Recover) or values.get("base") is not None
+        if puts and at_work.profile is not None and at_work.profile.publish is not None:
+            issuer, asks = at_work.profile.publish.issuer, True
         if asks and self._logins.must_wait(issuer, at_work.name, now):
             return
         if asks:
@@ -896,8 +929,15 @@ class Broker:
         if isinstance(step, rotation.Issue):
             at_work.secrets[label] = _credential(ok["credential"])
             at_work.new_anchor = self._clock.read()
+        elif isinstance(step, rotation.Poll) and "lease" in ok:
+            self._polled_the_same(at_work, decode_lease(ok["lease"]), now)
         elif isinstance(step, rotation.Poll):
             self._polled(at_work, _credential(ok["credential"]), now)
+        elif isinstance(step, rotation.Stage):
+            key = replace(_known(at_work.slots, label), staged=True, failures=0, not_before=None)
+            at_work.slots = change(at_work.slots, key)
+        elif isinstance(step, rotation.Recover):
+            self._recovered(at_work, _known(at_work.slots, label), ok["secret"])
         elif isinstance(step, rotation.Renew):
             key = _known(at_work.slots, label)
             at_work.secrets[label] = replace(at_work.secrets[label], lease=key.lease)
@@ -909,6 +949,10 @@ class Broker:
                 at_work.slots, label, verdict, policy, now, self._roll()
             )
             self._clear_doubt(at_work, label, verdict, now)
+        elif isinstance(step, rotation.Publish) and ok.get("beaten"):
+            at_work.slots = change(
+                at_work.slots, replace(_known(at_work.slots, label), beaten=True)
+            )
         elif isinstance(step, rotation.Publish):
             self._published(at_work, _known(at_work.slots, label))
             at_work.slots = rotation.worked(at_work.slots)
@@ -950,6 +994,31 @@ class Broker:
         if at_work.profile is None:
             kept = set()
         at_work.secrets = {k: v for k, v in at_work.secrets.items() if k in kept}
+
+    def _recovered(self, at_work: _Profile, key: Key, text: str | None) -> None:
+        """A key whose secret was lost here was looked for where keys are published."""
+        if text is None or Secret(text).fingerprint != key.fingerprint:
+            at_work.absent.add(key.label)
+            return
+        at_work.secrets[key.label] = Credential(Secret(text), key.lease)
+        found = replace(key, staged=True, failures=0, not_before=None)
+        at_work.slots = change(at_work.slots, found)
+        began = key.wanted or self._clock.read()
+        if at_work.slots.current is not None and at_work.slots.current.label == key.label:
+            at_work.anchor, at_work.drift, at_work.unsealed = began, timedelta(), True
+        else:
+            at_work.new_anchor = began
+
+    def _polled_the_same(self, at_work: _Profile, lease: Lease, now: datetime) -> None:
+        """A followed source was looked at: the key that is known still counts."""
+        slots = replace(at_work.slots, polled_at=now, withdrawn=False)
+        current = slots.current
+        if current is not None and lease.id == current.lease.id:
+            slots = replace(slots, current=replace(current, lease=lease))
+            if slots.next is not None and not _is_older(lease, slots.next.lease):
+                slots = replace(slots, next=None)  # its owner took it back
+            at_work.secrets[current.label] = replace(at_work.secrets[current.label], lease=lease)
+        at_work.slots = rotation.worked(slots)
 
     def _polled(self, at_work: _Profile, credential: Credential, now: datetime) -> None:
         """A followed source was read: the same key lives on, another is tried; no older one."""

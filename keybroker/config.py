@@ -12,17 +12,21 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from keybroker import aws
 from keybroker.credential import Issuer, Reference
 from keybroker.document import Where, read
 from keybroker.errors import ConfigError
 from keybroker.fields import (
     AMOUNT,
+    AWS_ARN,
+    AWS_SECRET_ID,
     BOOLEAN,
     COMMAND,
     COUNT,
     DURATION,
     HEADERS,
     PATH,
+    POINTER,
     REFERENCE,
     TABLE,
     TEXT,
@@ -150,7 +154,51 @@ SOURCES["vault"] = {
     "poll": Field(DURATION, "How often it is read.", default=timedelta(seconds=60)),
     "timeout": Field(DURATION, "The longest one call takes.", default=timedelta(seconds=8)),
 }
+AWS_PLACE = {
+    **aws.PLACE,
+    "secret": Field(AWS_SECRET_ID, "Its name or its ARN in Secrets Manager.", required=True),
+    "field": Field(
+        POINTER, "The field of its JSON that holds the key, such as /key; else it is the key."
+    ),
+}
+SOURCES["aws"] = {
+    **AWS_PLACE,
+    "poll": Field(DURATION, "How often it is looked at.", default=timedelta(seconds=60)),
+    "timeout": Field(DURATION, "The longest one reading takes.", default=timedelta(seconds=8)),
+}
+READERS = Field(
+    DURATION,
+    "How often its readers look at it: a replaced key is held for two of these longer.",
+    default=timedelta(seconds=60),
+)
+PUBLISH: dict[str, dict[str, Field]] = {
+    "aws": {**AWS_PLACE, "poll": READERS},
+    "vault": {
+        **PLACE,
+        "path": Field(VAULT_API_PATH, "Its path in a KV 2: secret/data/llm/key.", required=True),
+        "field": Field(TEXT, "The field that holds the key.", default="key"),
+        "poll": READERS,
+    },
+}
 MINTING = frozenset({"litellm"})
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Where each new key is put for others to read: one secret at AWS, or in a Vault."""
+
+    to: str
+    settings: Mapping[str, Any]
+    account: aws.Account | None
+    vault: Vault | None
+
+    @property
+    def issuer(self) -> Issuer:
+        """The place, as something that is asked."""
+        if self.vault is not None:
+            return _vault_issuer(self.vault, self.settings)
+        assert self.account is not None, "one of the two"
+        return _aws_issuer(self.account, self.settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +224,8 @@ class Profile:
     type: str
     source: Mapping[str, Any]
     vault: Vault | None
+    account: aws.Account | None
+    publish: Publish | None
     raw: Mapping[str, Any] = field(repr=False)
 
     @property
@@ -188,17 +238,22 @@ class Profile:
     def issuer(self) -> Issuer:
         """Who issues this profile's keys; a key of any other is not handed out."""
         vault = "" if self.vault is None else self.vault.text
+        account = "" if self.account is None else self.account.text
         if self.kind is Kind.MINTED:
             url = self.source["url"] or origin(self.base_url)
-            return Issuer(self.type, url, self.source["admin"], self.ca, vault)
+            return Issuer(self.type, url, self.source["admin"], self.ca, vault, account)
         if self.type == "vault" and self.vault is not None:
-            pinned = "" if self.source["version"] is None else f"?version={self.source['version']}"
-            space = "" if self.vault.namespace is None else f"{self.vault.namespace}/"
-            path = f"/v1/{space}{self.source['path']}{pinned}#{self.source['field']}"
-            return Issuer(self.type, self.vault.address + path, vault=vault)
+            return _vault_issuer(self.vault, self.source)
+        if self.type == "aws" and self.account is not None:
+            return _aws_issuer(self.account, self.source)
         if self.type == "command":
             return Issuer(self.type, self.base_url, Reference("command", self.source["command"]))
-        return Issuer(self.type, self.base_url, self.source["key"], vault=vault)
+        return Issuer(self.type, self.base_url, self.source["key"], vault=vault, aws=account)
+
+    @property
+    def asked(self) -> tuple[Issuer, ...]:
+        """All that is asked for this profile: who issues its keys, where they are published."""
+        return (self.issuer,) if self.publish is None else (self.issuer, self.publish.issuer)
 
     @property
     def policy(self) -> Policy:
@@ -211,7 +266,12 @@ class Profile:
             "verify": self.verify != "none",
         }
         if self.kind is Kind.MINTED:
-            return Policy(**common, lifetime=self.source["lifetime"], max_live=self.max_live)
+            return Policy(
+                **common,
+                lifetime=self.source["lifetime"],
+                max_live=self.max_live,
+                publishes=self.publish is not None,
+            )
         if self.kind is Kind.LEASED:
             lifetime = LONGEST_ORPHAN if self.source["allow_orphans"] else LONGEST_LEASE
             return Policy(**common, lifetime=lifetime, max_live=self.max_live)
@@ -274,6 +334,20 @@ class Config:
         )
 
 
+def _vault_issuer(vault: Vault, settings: Mapping[str, Any]) -> Issuer:
+    pinned = "" if settings.get("version") is None else f"?version={settings['version']}"
+    space = "" if vault.namespace is None else f"{vault.namespace}/"
+    path = f"/v1/{space}{settings['path']}{pinned}#{settings['field']}"
+    return Issuer("vault", vault.address + path, vault=vault.text)
+
+
+def _aws_issuer(account: aws.Account, settings: Mapping[str, Any]) -> Issuer:
+    field_of_it = "" if settings["field"] is None else f"#{settings['field']}"
+    profile = "" if account.profile is None else f"{account.profile}@"
+    place = f"{account.region or ''}/{settings['secret']}".removeprefix("/")
+    return Issuer("aws", f"{profile}{place}{field_of_it}", aws=account.text)
+
+
 def _no_profile(files: Sequence[Path]) -> str:
     return f"write [profiles.work] into {files[-1]}" if files else "see `keybroker config path`"
 
@@ -315,7 +389,7 @@ def parse(
     Raises:
         ConfigError: The first thing that is wrong with it.
     """
-    allowed = [*GENERAL, "defaults", "cache", "vault", "profiles"]
+    allowed = [*GENERAL, "defaults", "cache", "vault", "aws", "profiles"]
     for name in tables:
         if name not in allowed:
             raise where.error((name,), unknown(name, allowed))
@@ -330,6 +404,8 @@ def parse(
             raise where.error(("vault", name), unknown(name, [*PLACE, "auth"]))
     if vault:
         read_vault(with_variables(vault, environment), ("vault",), where)
+    account = _dict(tables, "aws", where)
+    read_table_of(account, aws.PLACE, ("aws",), where)
     profiles = {}
     for name, entry in _dict(tables, "profiles", where).items():
         if not NAME.fullmatch(name):
@@ -337,9 +413,11 @@ def parse(
             raise where.error(("profiles", name), problem)
         if not isinstance(entry, dict):
             raise where.error(("profiles", name), "expected a table")
-        if "vault" in entry:
-            raise where.error(("profiles", name, "vault"), unknown("vault", list(PROFILE)))
+        for word in ("vault", "aws"):
+            if word in entry:
+                raise where.error(("profiles", name, word), unknown(word, list(PROFILE)))
         whole = _with_vault(name, {**shared, **entry}, vault, environment, where)
+        whole = _with_account(whole, account, environment)
         profiles[name] = read_profile(name, whole, where)
     default = general["default"]
     if default is not None and default not in profiles:
@@ -355,20 +433,41 @@ def _with_vault(
     where: Where,
 ) -> dict[str, Any]:
     """Give a profile the Vault that it needs: a worker has its entry, and nothing else."""
-    source = raw.get("source")
-    if not isinstance(source, dict):
-        return raw
-    if source.get("type") == "vault":
-        if not vault and "auth" not in source:
-            raise where.error(("profiles", name, "source"), NO_VAULT)
-        if "address" in source:  # what is meant for one server is not taken to another
-            return {**raw, "source": with_variables(source, environment)}
-        return {**raw, "source": with_variables({**vault, **source}, environment)}
-    if any(isinstance(value, dict) and "vault" in value for value in source.values()):
-        if not vault:
-            raise where.error(("profiles", name, "source"), NO_VAULT)
-        return {**raw, "vault": with_variables(vault, environment)}
+    for table, key in (("source", "type"), ("publish", "to")):
+        given = raw.get(table)
+        if not isinstance(given, dict):
+            continue
+        if given.get(key) == "vault":
+            if not vault and "auth" not in given:
+                raise where.error(("profiles", name, table), NO_VAULT)
+            # what is meant for one server is not taken to another
+            whole = given if "address" in given else {**vault, **given}
+            raw = {**raw, table: with_variables(whole, environment)}
+        elif _refers(given, "vault"):
+            if not vault:
+                raise where.error(("profiles", name, table), NO_VAULT)
+            raw = {**raw, "vault": with_variables(vault, environment)}
     return raw
+
+
+def _with_account(
+    raw: dict[str, Any], account: Mapping[str, Any], environment: Mapping[str, str]
+) -> dict[str, Any]:
+    """Give a profile the account of AWS's that it needs."""
+    for table, key in (("source", "type"), ("publish", "to")):
+        given = raw.get(table)
+        if not isinstance(given, dict):
+            continue
+        if given.get(key) == "aws":
+            raw = {**raw, table: aws.with_variables({**account, **given}, environment)}
+        elif _refers(given, "aws"):
+            raw = {**raw, "aws": aws.with_variables(account, environment)}
+    return raw
+
+
+def _refers(table: Mapping[str, Any], kind: str) -> bool:
+    """Say whether a secret of a table is kept there."""
+    return any(isinstance(value, dict) and kind in value for value in table.values())
 
 
 def read_profile(name: str, raw: Mapping[str, Any], where: Where) -> Profile:
@@ -379,7 +478,7 @@ def read_profile(name: str, raw: Mapping[str, Any], where: Where) -> Profile:
         ConfigError: It has an unknown key, a wrong value, or numbers that cannot work together.
     """
     path = ("profiles", name)
-    given = {k: v for k, v in raw.items() if k not in ("source", "vault")}
+    given = {k: v for k, v in raw.items() if k not in ("source", "publish", "vault", "aws")}
     values = read_table_of(given, PROFILE, path, where)
     if "source" not in raw:
         raise where.error(path, "has no [source] table")
@@ -388,19 +487,59 @@ def read_profile(name: str, raw: Mapping[str, Any], where: Where) -> Profile:
     if not isinstance(kind, str) or kind not in SOURCES:
         known = ", ".join(sorted(SOURCES))
         raise where.error((*path, "source", "type"), f"expected one of {known}")
-    vault = None
+    vault = account = None
     if kind == "vault":
         vault = read_vault(source, (*path, "source"), where)
     elif "vault" in raw:
         vault = read_vault(raw["vault"], ("vault",), where)
+    if kind == "aws":
+        account = _account(source, (*path, "source"), where)
+    elif "aws" in raw:
+        account = aws.read_account(raw["aws"], ("aws",), where)
     ours = ("type", "auth") if kind == "vault" else ("type",)
     rest = {k: v for k, v in source.items() if k not in ours}
     settings = read_table_of(rest, SOURCES[kind], (*path, "source"), where)
-    values["hold"] = values["hold"] or default_hold(values["helper_ttl"])
-    profile = Profile(name=name, **values, type=kind, source=settings, vault=vault, raw=raw)
+    publish = _read_publish(raw, path, where)
+    readers = timedelta() if publish is None else 2 * publish.settings["poll"]
+    values["hold"] = values["hold"] or default_hold(values["helper_ttl"]) + readers
+    profile = Profile(
+        name=name,
+        **values,
+        type=kind,
+        source=settings,
+        vault=vault,
+        account=account,
+        publish=publish,
+        raw=raw,
+    )
     for key, problem in _contradictions(profile):
         raise where.error((*path, *key.split(".")), problem)
     return profile
+
+
+def _read_publish(raw: Mapping[str, Any], path: tuple[str, ...], where: Where) -> Publish | None:
+    """Read where a profile's keys are put for others."""
+    if "publish" not in raw:
+        return None
+    path = (*path, "publish")
+    given = _dict(raw, "publish", where, path[:-1])
+    to = given.get("to")
+    if not isinstance(to, str) or to not in PUBLISH:
+        raise where.error((*path, "to"), f"expected one of {', '.join(sorted(PUBLISH))}")
+    rest = {k: v for k, v in given.items() if k not in ("to", "auth")}
+    if "auth" in given and to != "vault":
+        raise where.error((*path, "auth"), unknown("auth", list(PUBLISH[to])))
+    settings = read_table_of(rest, PUBLISH[to], path, where)
+    if to == "vault":
+        return Publish(to, settings, None, read_vault(given, path, where))
+    return Publish(to, settings, _account(given, path, where), None)
+
+
+def _account(given: Mapping[str, Any], path: tuple[str, ...], where: Where) -> aws.Account:
+    """Read the account of a secret, whose ARN says its region."""
+    account = aws.read_account(given, path, where)
+    arn = AWS_ARN.fullmatch(str(given.get("secret")))
+    return account if arn is None else aws.Account(account.profile, arn[1])
 
 
 def _contradictions(profile: Profile) -> Iterator[tuple[str, str]]:
@@ -419,6 +558,13 @@ def _contradictions(profile: Profile) -> Iterator[tuple[str, str]]:
         yield "verify", f"a {profile.type} source has no key API to ask"
     if profile.type == "vault":
         yield from _vault_contradictions(profile)
+    if profile.publish is not None:
+        if profile.kind is not Kind.MINTED:
+            yield "publish", f"a {profile.type} source mints no keys that could be published"
+        if profile.publish.to == "vault" and "/data/" not in profile.publish.settings["path"]:
+            yield "publish.path", "expected a path of KV 2, with /data/ in it"
+        if profile.verify == "none":
+            yield "verify", "a key is tried before it is published for others"
     if profile.kind is Kind.FOLLOWED:
         return
     if profile.max_live < 3:
@@ -483,13 +629,16 @@ def schema() -> dict[str, Any]:
     base = _object(PROFILE)
     vault = _object(PLACE)
     vault["properties"]["auth"] = {"oneOf": [_named("method", *one) for one in AUTH.items()]}
-    sources = [_named("type", *one) for one in SOURCES.items()]
-    for one in sources:
-        if one["properties"]["type"] == {"const": "vault"}:
-            one["properties"]["auth"] = vault["properties"]["auth"]
+    properties = dict(base["properties"])
+    for table, key, kinds in (("source", "type", SOURCES), ("publish", "to", PUBLISH)):
+        one_of_them = [_named(key, *one) for one in kinds.items()]
+        for one in one_of_them:
+            if one["properties"][key] == {"const": "vault"}:
+                one["properties"]["auth"] = vault["properties"]["auth"]
+        properties[table] = {"oneOf": one_of_them}
     profile = {
         **base,
-        "properties": {**base["properties"], "source": {"oneOf": sources}},
+        "properties": properties,
         "required": ["source"],  # base_url may stand in [defaults]
     }
     return {
@@ -501,6 +650,7 @@ def schema() -> dict[str, Any]:
             **_object(GENERAL)["properties"],
             "cache": _object(CACHE),
             "vault": vault,
+            "aws": _object(aws.PLACE),
             "defaults": {k: v for k, v in base.items() if k != "required"},
             "profiles": {
                 "type": "object",

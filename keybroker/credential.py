@@ -75,8 +75,8 @@ class Reference:
     """
     Where a secret is, never the secret: `{ keyring = "litellm-admin" }`.
 
-    `kind` is env, file, keyring, command or vault; `value` a name, a path, a user name in the
-    keyring, a program with its arguments, or a path in Vault, # and a field.
+    `kind` is env, file, keyring, command, vault or aws; `value` a name, a path, a user name in
+    the keyring, a program with its arguments, or a place in Vault or at AWS, # and a field.
     """
 
     kind: str
@@ -92,7 +92,8 @@ class Issuer:
     Who minted a key, and all that is needed to have it revoked there.
 
     Two issuers are the same when all fields are: "not found" from another one proves nothing.
-    `vault` is the table, as JSON, of the Vault that has to be asked; it holds no secret.
+    `vault` and `aws` are the tables, as JSON, of the Vault or the account that has to be asked;
+    they hold no secret.
     """
 
     type: str
@@ -100,6 +101,7 @@ class Issuer:
     admin: Reference | None = None
     ca: str | None = None
     vault: str = ""
+    aws: str = ""
 
     def __str__(self) -> str:
         return f"{self.type} {self.url}".strip()

@@ -18,6 +18,7 @@ from typing import Any
 import keybroker
 from keybroker import (
     __version__,
+    aws,
     document,
     guidance,
     kernel,
@@ -432,6 +433,7 @@ class Daemon:
         for file in (*self._config_files, *self._credential_files()):
             # a link, and what it leads to, if not back to itself
             wanted |= {file.parent, Path(os.path.realpath(file)).parent}
+            wanted |= {file} if file.is_dir() else set()
         used = [file.parent for file in (*self._config.files, *self._credential_files())]
         places: set[Path] = set()
         while (now := wanted.union(map(_standing, used))) != places:  # one came meanwhile
@@ -441,10 +443,11 @@ class Daemon:
     def _credential_files(self) -> list[Path]:
         """Return the files that credentials are read from."""
         named: list[str] = []
-        for profile in self._config.profiles.values():
-            admin, text = profile.issuer.admin, profile.issuer.vault
+        for issuer in (one for p in self._config.profiles.values() for one in p.asked):
+            admin = issuer.admin
             named += [str(admin.value)] if admin is not None and admin.kind == "file" else []
-            named += vault.files(text) if text else []
+            named += vault.files(issuer.vault) if issuer.vault else []
+            named += aws.files(os.environ) if issuer.aws else []
         return [Path(name).expanduser() for name in named]
 
     def _configure(self) -> ConfigError | None:

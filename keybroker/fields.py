@@ -22,10 +22,17 @@ UNITS = {
     "d": timedelta(days=1),
 }
 LOCAL = ("env", "file", "keyring", "command")  # what is read on this machine
-REFERENCES = (*LOCAL, "vault")
+REFERENCES = (*LOCAL, "vault", "aws")
 VAULT_PATH = re.compile(r"(?!/|v1/)[!-\"$-.0->@-~]+(?:/[!-\"$-.0->@-~]+)+")  # no #, ?, empty part
 VAULT_NAME = re.compile(r"/?[!-\"$-.0->@-~]+(?:/[!-\"$-.0->@-~]+)*/?")
 VAULT_REFERENCE = re.compile(rf"{VAULT_PATH.pattern}#[!-~]+")
+POINTER_TEXT = re.compile(r"(?:/(?:[^~/]|~[01])+)+")  # RFC 6901; an empty name is nobody's field
+AWS_NAME = re.compile(r"[A-Za-z0-9/_+=.@!-]{1,512}")
+AWS_ARN = re.compile(
+    r"arn:aws[a-z-]*:secretsmanager:([a-z0-9-]+):[0-9]{12}:secret:[A-Za-z0-9/_+=.@!-]{1,512}"
+)
+AWS_SECRET = re.compile(rf"(?:{AWS_ARN.pattern}|{AWS_NAME.pattern})")
+AWS_REFERENCE = re.compile(rf"{AWS_SECRET.pattern}(?:#{POINTER_TEXT.pattern})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +130,10 @@ def read_reference(value: Any, allowed: tuple[str, ...] = REFERENCES) -> Referen
         raise ValueError('expected a path that begins with "/" or "~/"')
     if kind == "vault" and not VAULT_REFERENCE.fullmatch(found):
         raise ValueError('expected a path and a field after vault: "secret/data/llm/admin#key"')
+    if kind == "aws" and not AWS_REFERENCE.fullmatch(found):
+        raise ValueError(
+            'expected a name or an ARN after aws, and a field if it is JSON: "llm/admin#/key"'
+        )
     return Reference(kind, found)
 
 
@@ -143,6 +154,20 @@ def read_vault_name(value: Any) -> str:
     if not _text(value) or not VAULT_NAME.fullmatch(value):
         raise ValueError("expected a name such as eng or eng/tools, in printable ASCII")
     return str(value).strip("/")
+
+
+def read_aws_secret(value: Any) -> str:
+    """Read the name or the ARN of a secret of AWS's."""
+    if not _text(value) or looks_like_key(value) or not AWS_SECRET.fullmatch(value):
+        raise ValueError('expected the name or the ARN of a secret, such as "llm/key"')
+    return str(value)
+
+
+def read_pointer(value: Any) -> str:
+    """Read a JSON Pointer, which names a field. See: https://www.rfc-editor.org/rfc/rfc6901"""
+    if not _text(value) or not POINTER_TEXT.fullmatch(value):
+        raise ValueError('expected a JSON pointer such as "/key" or "/gateway/key"')
+    return str(value)
 
 
 def read_text_or_reference(value: Any) -> "str | Reference":
@@ -269,6 +294,8 @@ def _text(value: object) -> bool:
 
 VAULT_API_PATH = Kind(read_vault_path, {"type": "string", "pattern": f"^{VAULT_PATH.pattern}$"})
 MOUNT = Kind(read_vault_name, {"type": "string", "pattern": f"^{VAULT_NAME.pattern}$"})
+AWS_SECRET_ID = Kind(read_aws_secret, {"type": "string", "pattern": f"^{AWS_SECRET.pattern}$"})
+POINTER = Kind(read_pointer, {"type": "string", "pattern": f"^{POINTER_TEXT.pattern}$"})
 TEXT = Kind(read_text, {"type": "string", "minLength": 1})
 PATH = Kind(read_path, {"type": "string", "pattern": "^/"})
 TEXTS = Kind(read_texts, {"type": "array", "items": {"type": "string", "minLength": 1}})
@@ -293,6 +320,7 @@ def _reference_schema(kinds: tuple[str, ...]) -> dict[str, Any]:
     special = {
         "command": COMMAND.schema,
         "vault": {"type": "string", "pattern": f"^{VAULT_REFERENCE.pattern}$"},
+        "aws": {"type": "string", "pattern": f"^{AWS_REFERENCE.pattern}$"},
     }
     return {
         "type": "object",

@@ -142,6 +142,8 @@ def encode_issuer(issuer: Issuer) -> dict[str, Any]:
         values["ca"] = issuer.ca
     if issuer.vault:
         values["vault"] = issuer.vault
+    if issuer.aws:
+        values["aws"] = issuer.aws
     return values
 
 
@@ -152,8 +154,8 @@ def decode_issuer(found: Mapping[str, Any]) -> Issuer:
         [(kind, value)] = found["admin"].items()
         admin = Reference(kind, value if isinstance(value, str) else tuple(map(_text, value)))
     ca = _text(found["ca"]) if "ca" in found else None
-    vault = _text(found["vault"]) if "vault" in found else ""
-    return Issuer(_text(found["type"]), _text(found["url"]), admin, ca, vault)
+    vault, account = _text(found.get("vault", "")), _text(found.get("aws", ""))
+    return Issuer(_text(found["type"]), _text(found["url"]), admin, ca, vault, account)
 
 
 def encode_lease(lease: Lease) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
 
+from keybroker import aws
 from keybroker.credential import Issuer, Session
 from keybroker.values import replace
 from keybroker.vault import session_of
@@ -10,8 +11,20 @@ from keybroker.vault import session_of
 RENEWALS_APART = timedelta(seconds=2)
 
 
+def name_of(issuer: Issuer) -> str:
+    """Return the name of the session that an issuer is asked with; empty where it wants none."""
+    if issuer.vault:
+        return session_of(issuer.vault)
+    return aws.session_of(issuer.aws) if issuer.aws else ""
+
+
 class Logins:
-    """What one process knows of the sessions that its workers begin, renew and use."""
+    """
+    What one process knows of the sessions that its workers begin, renew and use.
+
+    Only to a Vault is it a login, which is done by one of those that need it, and kept alive. What
+    is kept of an account of AWS's are credentials that end.
+    """
 
     def __init__(self, held: Iterable[Session]) -> None:
         self._held = {session.key: session for session in held}
@@ -25,7 +38,7 @@ class Logins:
 
     def of(self, issuer: Issuer) -> Session | None:
         """Return what an issuer is asked with; None without one, or where none is wanted."""
-        return self._held.get(session_of(issuer.vault)) if issuer.vault else None
+        return self._held.get(name_of(issuer))
 
     def take(self, session: Session) -> bool:
         """Go on with a session, unless a newer one is known; say whether it was taken."""

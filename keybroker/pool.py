@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from keybroker import vault
+from keybroker import aws, vault
 from keybroker.carry import decode_session, encode_session
 from keybroker.clock import Instant
 from keybroker.config import Config, Profile
@@ -27,12 +27,13 @@ from keybroker.journal import (
     encode_lease,
     write_time,
 )
+from keybroker.logins import name_of
 from keybroker.slots import Record
 from keybroker.values import dataclass, field
 
 LONGEST_LINE = 1 << 20
 AHEAD = 2  # requests that a worker is given: the one that it does, and the next
-POLLS_AHEAD = 16  # of polls, whose answers come together
+POLLS_AHEAD = 20  # of polls, whose answers come together
 REAP_SECONDS = 0.05  # between two looks whether a worker is over
 GRACE_SECONDS = 1.0  # what a worker gets beyond its own hard timer
 COMMAND = (sys.executable, "-I", "-m", "keybroker.worker")
@@ -372,20 +373,25 @@ def variables(config: Config | None, issuers: Iterable[Issuer] = ()) -> dict[str
     named: dict[str, set[str]] = {}
     for profile in config.profiles.values() if config else ():
         named.setdefault(profile.type, set()).update(profile.source.get("environment", ()))
-    known = [profile.issuer for profile in config.profiles.values()] if config else []
-    for issuer in (*known, *issuers):
+    for issuer in (*_asked(config), *issuers):
         names = named.setdefault(issuer.type, set())
         if issuer.admin is not None and issuer.admin.kind == "env":
             names.add(str(issuer.admin.value))
         if issuer.vault:
             names |= vault.variables(issuer.vault)
+        if issuer.aws:
+            names.update(aws.VARIABLES)
     return named
 
 
 def sessions(config: Config, issuers: Iterable[Issuer] = ()) -> list[str]:
     """Return the names of the sessions that a configuration and a journal's issuers may need."""
-    known = [profile.issuer for profile in config.profiles.values()]
-    return sorted({vault.session_of(one.vault) for one in (*known, *issuers) if one.vault})
+    return sorted({name for one in (*_asked(config), *issuers) if (name := name_of(one))})
+
+
+def _asked(config: Config | None) -> list[Issuer]:
+    profiles = config.profiles.values() if config else ()
+    return [issuer for profile in profiles for issuer in profile.asked]
 
 
 def _encode(value: Any) -> Any:

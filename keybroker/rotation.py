@@ -19,6 +19,7 @@ SECOND_REFUSAL_AFTER = timedelta(seconds=1)
 # is when no gateway or proxy in between can still be holding the request.
 LOOK_UPS = (timedelta(seconds=5), timedelta(seconds=60), timedelta(minutes=10), timedelta(hours=1))
 MOVED = "the profile names another source now"
+BEATEN = "another one was published first"
 ENDED_AFTER = timedelta(minutes=1)  # its end, by a gateway whose clock is a little behind
 RETRY_MAX = timedelta(minutes=5)
 SETTLED = LOOK_UPS[1]  # looked up after this, an open label no longer counts as a live key
@@ -49,6 +50,7 @@ class Policy:
         hold: How long a reader may keep a key.
         timeout: The longest that one call to the source takes.
         poll: How often a followed source is read.
+        publishes: A new key is put where others read it.
     """
 
     kind: Kind
@@ -61,6 +63,7 @@ class Policy:
     retry_min: timedelta = timedelta(seconds=1)
     retry_max: timedelta = RETRY_MAX
     verify: bool = True
+    publishes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,20 @@ class Renew:
 @dataclass(frozen=True, slots=True)
 class Verify:
     """Look at the gateway with a key."""
+
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Put a new key beside what others read, where it can be found again."""
+
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Recover:
+    """Read a key back from where it was put, since its secret was lost here."""
 
     label: str
 
@@ -125,7 +142,7 @@ class Wait:
     until: datetime | None
 
 
-Step = Issue | Poll | Renew | Verify | Publish | Retire | Revoke | Settle | Wait
+Step = Issue | Poll | Renew | Stage | Recover | Verify | Publish | Retire | Revoke | Settle | Wait
 
 
 def default_hold(helper_ttl: timedelta) -> timedelta:
@@ -302,6 +319,8 @@ def _step_for_new(slots: Slots, new: Key, policy: Policy, now: datetime) -> tupl
     """A new key gets up to three looks in five seconds before it counts as bad."""
     if not fits(new, policy):
         return new.not_before or now, Retire(new.label, MOVED)
+    if new.beaten:
+        return new.not_before or now, Retire(new.label, BEATEN, bad=True)
     expires = new.lease.expires_at
     if policy.kind.ours and expires is not None:
         # 2.5 and not 3: the answer came a moment after it was asked for.
@@ -312,6 +331,8 @@ def _step_for_new(slots: Slots, new: Key, policy: Policy, now: datetime) -> tupl
             return new.not_before or now, Retire(
                 new.label, "it aged before it was verified", bad=True
             )
+    if policy.publishes and not new.staged:
+        return new.not_before or now, Stage(new.label)
     if not policy.verify or (
         new.verdict is not None and new.verdict.look in (Look.ALIVE, Look.UNVERIFIED)
     ):

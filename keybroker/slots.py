@@ -21,6 +21,7 @@ class Event(StrEnum):
     WANTED = "wanted"  # about to ask for a key under this label
     HAVE = "have"  # the source answered with a lease
     RENEWED = "renewed"  # the source moved the lease's end
+    STAGED = "staged"  # about to be put where others read it, in place of what stands there
     SWAP = "swap"  # verified, cached, handed out from now on; the one before is retired
     RETIRED = "retired"  # no longer handed out; to be revoked at revoke_at
     ANSWERED = "answered"  # an open call ended with an error: it cannot commit any more
@@ -31,7 +32,8 @@ class Event(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Record:
     """
-    One line of the journal. Only `wanted` carries an issuer, `have` and `renewed` a lease:
+    One line of the journal. Only `wanted` carries an issuer, `have` and `renewed` a lease;
+    `why` of `staged` is the version that stood there before.
 
         {"n":7,"at":"2026-11-21T15:45:51.123456Z","event":"wanted","profile":"work",
          "label":"kb-3f9a1c02-work-01k…","issuer":{"type":"litellm","url":"https://llm.example.com",
@@ -86,6 +88,9 @@ class Key:
     revoke_at: datetime | None = None  # None: not retired
     retired: Instant | None = None  # the clocks when it was, where they were written down
     why: str = ""  # it was retired
+    base: str | None = None  # the version that it is published in place of; None: not begun
+    staged: bool = False  # it is where it can be found again
+    beaten: bool = False  # another one took the place of that version
     verified: str = ""  # the method that said so, or "unverified"
     verdict: Verdict | None = None
     looks: int = 0  # taken before it was published
@@ -177,7 +182,8 @@ def fold(slots: Slots, record: Record) -> Slots:
         slots = _without_open(slots, record.label)
         retired = slots.retired
         if slots.next is not None:  # its process ended before it was published
-            retired = (*retired, _retire(slots.next, record.at, "never handed out", record))
+            until = record.at + (slots.next.hold if slots.next.base is not None else timedelta())
+            retired = (*retired, _retire(slots.next, until, "never handed out", record))
         return replace(slots, next=key, retired=retired, accepted_at=record.at)
     if record.event is Event.RENEWED and record.lease is not None:
         known_key = slots.key(record.label)
@@ -185,6 +191,9 @@ def fold(slots: Slots, record: Record) -> Slots:
             return slots
         renewed = replace(known_key, lease=record.lease, failures=0, not_before=None)
         return change(slots, renewed)
+    if record.event is Event.STAGED:
+        staged = slots.key(record.label)
+        return slots if staged is None else change(slots, replace(staged, base=record.why))
     if record.event is Event.SWAP:
         return _swap(slots, record)
     if record.event is Event.RETIRED:

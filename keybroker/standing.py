@@ -16,6 +16,8 @@ _WORDS: dict[type, str] = {
     rotation.Issue: "mint a new key",
     rotation.Poll: "read the source",
     rotation.Renew: "renew the lease",
+    rotation.Stage: "write the new key where it is published",
+    rotation.Recover: "read a key back from where it is published",
     rotation.Verify: "verify",
     rotation.Publish: "publish the new key",
     rotation.Retire: "retire",

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from keybroker import aws
 from keybroker.credential import Reference, sha256
 from keybroker.document import Where
 from keybroker.errors import ConfigError
@@ -101,16 +102,6 @@ _VARIABLES = {
     "client_key": ("BAO_CLIENT_KEY", "VAULT_CLIENT_KEY"),
 }
 VARIABLES = tuple(name for names in _VARIABLES.values() for name in names)
-# What botocore's chain of credentials reads: for the login by an identity of AWS's.
-AWS_VARIABLES = (
-    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"),
-    *("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_ROLE_ARN", "AWS_ROLE_SESSION_NAME"),
-    *("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_REGION", "AWS_DEFAULT_REGION"),
-    *("AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"),
-    *("AWS_CONTAINER_AUTHORIZATION_TOKEN", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"),
-    *("AWS_EC2_METADATA_DISABLED", "AWS_EC2_METADATA_SERVICE_ENDPOINT"),
-    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_STS", "AWS_STS_REGIONAL_ENDPOINTS"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +218,7 @@ def variables(text: str) -> set[str]:
     except ConfigError:
         return set()
     names = {str(one.value) for one in _references(vault) if one.kind == "env"}
-    return names.union(AWS_VARIABLES) if vault.method == "aws" else names
+    return names.union(aws.VARIABLES) if vault.method == "aws" else names
 
 
 def files(text: str) -> list[str]:

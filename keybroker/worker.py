@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -64,7 +64,11 @@ EFFECTS = (
     "renew",
     "renewed",
     "answered",
+    "staged",
+    "stage",
+    "recover",
     "verify",
+    "promote",
     "seal",
     "swap",
     "retired",
@@ -96,7 +100,7 @@ class Operations:
     revoker: Callable[[Issuer, Mapping[str, str], float, Held], sources.Source] = sources.revoker
     records: list[Record] = field(default_factory=list)
     held: Held = field(default_factory=Held)
-    _opened: dict[str, sources.Source] = field(default_factory=dict)
+    _opened: dict[str, Any] = field(default_factory=dict)  # what has a `close`
 
     def issue(self, profile: Profile, label: str) -> dict[str, Any]:
         """Mint a key: label first, key second, lease third, each synced before the next."""
@@ -152,11 +156,40 @@ class Operations:
         sources.keep_session(vault, self.environment, self.held)
         return {}
 
-    def poll(self, profile: Profile) -> dict[str, Any]:
-        """Read a followed source."""
-        credential = self._source(profile).issue("")
+    def poll(self, profile: Profile, lease: Lease | None = None) -> dict[str, Any]:
+        """
+        Read a followed source.
+
+        Args:
+            lease: Of the key that is known: it may be enough to hear that it still counts.
+        """
+        source = self._source(profile)
+        known = None if lease is None else source.look(lease)
+        if known is not None:
+            return {"lease": encode_lease(known)}
+        credential = source.issue("")
         sources.check_hand_out(credential.secret, profile)
         return {"credential": encode_credential(credential)}
+
+    def stage(
+        self, profile: Profile, label: str, credential: Credential, base: str | None
+    ) -> dict[str, Any]:
+        """Put a new key beside what others read, whose version is written down before."""
+        store = self._store(profile)
+        if base is not None and store.recover(label) is not None:
+            return {}  # a worker ended after it had done so, or had published it
+        if base is None:
+            base = store.standing()
+            record = Record(self._now(), Event.STAGED, profile.name, label, why=base)
+            self._write("staged", record)
+        perform("stage", lambda: store.stage(label, credential))
+        self._audit("staged", profile.name, credential.secret.fingerprint, label=label)
+        return {}
+
+    def recover(self, profile: Profile, label: str) -> dict[str, Any]:
+        """Read back what was put there under a label, if it was."""
+        secret = perform("recover", lambda: self._store(profile).recover(label))
+        return {"secret": None if secret is None else secret.reveal()}
 
     def verify(self, profile: Profile, secret: Secret) -> dict[str, Any]:
         """Look at the gateway once with a key."""
@@ -181,8 +214,20 @@ class Operations:
         anchor: Instant,
         hold: timedelta | None,
         replaces: str = "",
+        base: str | None = None,
     ) -> dict[str, Any]:
-        """Seal the new key, then say that it is current. Only then may the old one's clock run."""
+        """
+        Seal the new key, then say that it is current. Only then may the old one's clock run.
+
+        Args:
+            base: The version that it takes the place of, where others read it. One that stands
+                there instead is somebody else's, who was first: nothing is changed.
+        """
+        if base is not None:
+            store = self._store(profile)
+            if not perform("promote", lambda: store.promote(label, credential, base)):
+                self._audit("beaten", profile.name, credential.secret.fingerprint, label=label)
+                return {"beaten": True}
         cached = Cached(credential, label, profile.issuer, verified, anchor)
         cache = Cache(self.state, wrap_key, self.disk)
         perform("seal", lambda: cache.save(profile.name, cached))
@@ -340,6 +385,17 @@ class Operations:
         if isinstance(name, str) and message["op"] != "load":  # reading leaves no trace
             self._audit("failed", name, "", op=str(message["op"]), message=error.message)
 
+    def expect(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Read with few calls what the polls that are waiting in a row will ask for."""
+        wanted = [one for one in messages if _type(one) in sources.TOGETHER]
+        if len(wanted) < 2:
+            return
+        for message in wanted:
+            if (session := message.get("session")) is not None:
+                self.held.take(decode_session(session))
+        profiles = [decode_profile(message["profile"]) for message in wanted]
+        sources.read_together(profiles, self.held)
+
     def close(self) -> None:
         for source in self._opened.values():
             source.close()
@@ -366,6 +422,10 @@ class Operations:
         key = json.dumps([profile.name, profile.raw], sort_keys=True)
         return self._open(key, lambda: self.build(profile, self.environment, self.held))
 
+    def _store(self, profile: Profile) -> sources.Store:
+        key = json.dumps(["publish", profile.name, profile.raw], sort_keys=True)
+        return self._open(key, lambda: sources.store(profile, self.environment, self.held))
+
     def _revoker(self, issuer: Issuer, timeout: timedelta) -> sources.Source:
         seconds = timeout.total_seconds()
         return self._open(
@@ -373,13 +433,14 @@ class Operations:
             lambda: self.revoker(issuer, self.environment, seconds, self.held),
         )
 
-    def _open(self, key: str, build: Callable[[], sources.Source]) -> sources.Source:
+    def _open(self, key: str, build: Callable[[], T]) -> T:
         """Keep the newest sources open, each with its connection to a server."""
         if key not in self._opened:
             if len(self._opened) >= MOST_OPEN:
                 self._opened.pop(next(iter(self._opened))).close()
             self._opened[key] = build()
-        return self._opened[key]
+        opened: T = self._opened[key]
+        return opened
 
     def _now(self) -> datetime:
         return self.clock.read().wall
@@ -413,7 +474,7 @@ def _arguments(message: Mapping[str, Any]) -> dict[str, Any]:
     read: dict[str, Callable[[Any], Any]] = {
         "profile": lambda v: v if isinstance(v, str) else decode_profile(v),
         "issuer": decode_issuer,
-        "lease": decode_lease,
+        "lease": lambda v: None if v is None else decode_lease(v),
         "credential": decode_credential,
         "secret": Secret,
         "wrap_key": lambda v: None if v is None else Secret(v),
@@ -474,6 +535,7 @@ def serve(descriptor: int, operations: Operations) -> None:
     """
     waiting, patience = b"", IDLE_SECONDS
     held, held_since = b"", 0.0
+    expected = 0  # polls in a row that are known of
     while True:
         line, newline, rest = waiting.partition(b"\n")
         if not newline:
@@ -492,6 +554,14 @@ def serve(descriptor: int, operations: Operations) -> None:
         waiting = rest
         message = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, float(message.get("seconds", 30)))
+        if message.get("op") != "poll":
+            expected = 0
+        elif expected == 0:
+            waiting = _with_more(descriptor, waiting)
+            row = [message, *_polls(waiting)]
+            operations.expect(row)
+            expected = len(row)
+        expected = max(0, expected - 1)
         held_since = held_since if held else time.monotonic()
         held += json.dumps(answer(operations, message)).encode() + b"\n"
         in_a_row = message.get("op") == "poll" and b"\n" in waiting
@@ -501,6 +571,30 @@ def serve(descriptor: int, operations: Operations) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
     os.close(descriptor)  # what is sent from now on goes to another
     operations.close()
+
+
+def _with_more(descriptor: int, waiting: bytes) -> bytes:
+    """Take what was sent meanwhile as well."""
+    while len(waiting) <= LONGEST_LINE and select.select([descriptor], [], [], 0)[0]:
+        piece = os.read(descriptor, 1 << 16)
+        if not piece:  # it was closed, as the next read will find
+            break
+        waiting += piece
+    return waiting
+
+
+def _polls(waiting: bytes) -> Iterator[Mapping[str, Any]]:
+    """Yield the polls that wait in a row, whole lines alone."""
+    *lines, _ = waiting.split(b"\n")
+    for line in lines:
+        message = json.loads(line)
+        if message.get("op") != "poll":
+            return
+        yield message
+
+
+def _type(message: Mapping[str, Any]) -> str:
+    return str(message["profile"]["raw"]["source"]["type"])
 
 
 def _take_no_more(descriptor: int) -> bool:

@@ -133,6 +133,16 @@ ROWS: dict[str, tuple[Answer, str, str | None, tuple[bool, bool]]] = {
         "nodes",
         (False, False),
     ),
+    "upgrading": (
+        refused(
+            400,
+            "Upgrading from non-versioned to versioned data. This backend will be unavailable "
+            "for a brief period and will resume service shortly.",
+        ),
+        "is upgrading what is mounted there",
+        None,
+        (False, False),
+    ),
     "no leader": (
         refused(500, "local node not active but active cluster node not found"),
         "has no leader (500)",

@@ -4,14 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from keybroker import aws
 from keybroker.config import Profile
 from keybroker.credential import Credential, Issuer, Lease, Reference, Secret, Verdict
 from keybroker.errors import SourceInvalid
 from keybroker.rotation import Kind
 from keybroker.sources.held import Held
-from keybroker.vault import Vault as Table
 from keybroker.vault import read_text
 
+TOGETHER = frozenset({"aws"})  # kinds of which several can be read with one call
 RENEWAL_SECONDS = 8.0  # the longest that a session's renewal takes
 
 
@@ -48,6 +49,14 @@ class Source(Protocol):
             SourceInvalid: An answer that is no usable credential; `unknown` as above.
         """
 
+    def look(self, known: Lease) -> Lease | None:
+        """
+        Return the lease as it is now if the key that is known still counts; None: read it.
+
+        Raises:
+            As `issue`.
+        """
+
     def renew(self, lease: Lease) -> Lease:
         """
         Have a lease's end moved; return the lease as it is now.
@@ -79,6 +88,49 @@ class Source(Protocol):
         """Give up what is held open."""
 
 
+class Store(Protocol):
+    """Where new keys are published: one secret that others read. Blocking; runs in a worker."""
+
+    def standing(self) -> str:
+        """
+        Return which version stands there now; empty where there is none.
+
+        Raises:
+            SourceError, ConfigError: It could not be asked, or there is no such secret.
+        """
+
+    def stage(self, label: str, credential: Credential) -> None:
+        """Put a key beside what is read, under its label; doing so twice is fine."""
+
+    def recover(self, label: str) -> Secret | None:
+        """Read back what was put there under a label; None when there is nothing."""
+
+    def promote(self, label: str, credential: Credential, base: str) -> bool:
+        """
+        Make a key the one that is read, if `base` still stands there; doing so twice is fine.
+
+        Returns:
+            Whether it is. If not, somebody else was first, and nothing was changed.
+        """
+
+    def close(self) -> None:
+        """Give up what is held open."""
+
+
+def store(profile: Profile, environment: Mapping[str, str], held: Held) -> Store:
+    """Return where a profile's keys are published."""
+    publish = profile.publish
+    assert publish is not None, "only who publishes has one"
+    if publish.vault is not None:
+        from keybroker.sources.vault.store import VaultStore
+
+        seconds = profile.source["timeout"].total_seconds()
+        return VaultStore.of(publish, publish.vault, environment, held, seconds)
+    from keybroker.sources.aws.store import AwsStore
+
+    return AwsStore.of(publish, held)
+
+
 def build(profile: Profile, environment: Mapping[str, str], held: Held | None = None) -> Source:
     """
     Return the source of a profile. Its library is imported here and not before.
@@ -91,12 +143,16 @@ def build(profile: Profile, environment: Mapping[str, str], held: Held | None = 
         from keybroker.sources.vault.source import Vault
 
         return Vault.of(profile, environment, held)
+    if profile.type == "aws":
+        from keybroker.sources.aws.source import Aws
+
+        return Aws.of(profile, held)
     if profile.type == "command":
         from keybroker.sources.command import Command
 
         return Command(profile, environment)
     seconds = profile.source["timeout"].total_seconds()
-    reader = None if profile.vault is None else _reader(profile.vault, environment, held, seconds)
+    reader = _reader(profile.issuer, environment, held, seconds)
     if profile.type == "litellm":
         from keybroker.sources.litellm import LiteLLM
 
@@ -121,19 +177,40 @@ def revoker(
     if issuer.type == "litellm":
         from keybroker.sources.litellm import LiteLLM
 
-        vault = read_text(issuer.vault) if issuer.vault else None
-        reader = None if vault is None else _reader(vault, environment, held, seconds)
+        reader = _reader(issuer, environment, held, seconds)
         return LiteLLM.by(issuer, environment, seconds, reader)
     raise SourceInvalid(f"{issuer.type}: this keybroker cannot revoke what it issued")
 
 
 def _reader(
-    vault: Table, environment: Mapping[str, str], held: Held, seconds: float
-) -> Callable[[Reference], Secret]:
-    """Return what reads references that lead to a Vault, in a third of the time of a call."""
-    from keybroker.sources.vault.place import read_reference
+    issuer: Issuer, environment: Mapping[str, str], held: Held, seconds: float
+) -> Callable[[Reference], Secret] | None:
+    """Return what reads references that lead elsewhere, in a third of the time of a call."""
+    if issuer.vault:
+        from keybroker.sources.vault.place import read_reference
 
-    return lambda reference: read_reference(reference, vault, environment, held, seconds / 3)
+        vault = read_text(issuer.vault)
+        return lambda reference: read_reference(reference, vault, environment, held, seconds / 3)
+    if issuer.aws:
+        from keybroker.sources.aws.account import Account
+        from keybroker.sources.aws.source import read_reference as read_aws_reference
+
+        account = Account.of(aws.read_text(issuer.aws), held)
+        return lambda reference: read_aws_reference(reference, account)
+    return None
+
+
+def read_together(profiles: Sequence[Profile], held: Held) -> None:
+    """Read with few calls what is about to be asked for, where there is a call for that."""
+    places: dict[aws.Account, list[str]] = {}
+    for profile in profiles:
+        if profile.type == "aws" and profile.account is not None:
+            places.setdefault(profile.account, []).append(profile.source["secret"])
+    for place, secrets in places.items():
+        if len(secrets) > 1:
+            from keybroker.sources.aws.account import Account
+
+            Account.of(place, held).foresee(secrets)
 
 
 def keep_session(text: str, environment: Mapping[str, str], held: Held) -> None:

@@ -1,7 +1,12 @@
-"""The sessions that a worker was handed, until it hands them back."""
+"""The sessions that a worker was handed, until it hands them back; what its sources share."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from keybroker.credential import Session
 from keybroker.values import replace
+
+T = TypeVar("T")
 
 
 class Held:
@@ -10,6 +15,7 @@ class Held:
     def __init__(self) -> None:
         self._sessions: dict[str, Session] = {}
         self._changed: set[str] = set()
+        self._shared: dict[str, Any] = {}
 
     def take(self, session: Session) -> None:
         """Go on with the broker's session, unless we know a newer one."""
@@ -27,6 +33,13 @@ class Held:
         self._sessions[session.key] = counted
         self._changed.add(session.key)
         return counted
+
+    def shared(self, name: str, make: Callable[[], T]) -> T:
+        """Return what sources of one worker have together; it is made when it is first needed."""
+        if name not in self._shared:
+            self._shared[name] = make()
+        found: T = self._shared[name]
+        return found
 
     def changed(self) -> list[Session]:
         """Return those that changed here since the last time."""

@@ -106,6 +106,9 @@ class LiteLLM:
         lease = Lease(_id(secret), "litellm", reply.asked_at, ends, revocable=True)
         return Credential(secret, lease)
 
+    def look(self, known: Lease) -> Lease | None:
+        return None
+
     def renew(self, lease: Lease) -> Lease:
         raise SourceDenied("litellm: its keys are not renewed")
 

@@ -15,7 +15,7 @@ Reader = Callable[[Reference], Secret]
 def resolve(
     reference: Reference,
     environment: Mapping[str, str],
-    vault: Reader | None = None,
+    elsewhere: Reader | None = None,
     *,
     open_to_others: bool = False,
 ) -> Secret:
@@ -23,14 +23,15 @@ def resolve(
     Return the secret.
 
     Args:
-        vault: Reads what is in Vault; only what was configured with one names such a place.
+        elsewhere: Reads what is in a Vault or at AWS; only what was configured with one names such
+            a place.
         open_to_others: A file may be: whoever put it there, such as Kubernetes, wants it so.
 
     Raises:
         ConfigError: The variable is not set, the file is not there or others can read it.
         SourceDenied: The keyring has no such entry.
         SourceUnavailable: The keyring is locked, the command failed: try again.
-        SourceError: Vault said no, or nothing.
+        SourceError: Vault or AWS said no, or nothing.
     """
     kind, value = reference.kind, reference.value
     try:
@@ -41,9 +42,9 @@ def resolve(
             return Secret(_variable(name, environment))
         if kind == "file":
             return Secret(_file(name, open_to_others))
-        if kind == "vault":
-            assert vault is not None, "what names Vault was configured with one"
-            return vault(reference)
+        if kind in ("vault", "aws"):
+            assert elsewhere is not None, "what names such a place was configured with one"
+            return elsewhere(reference)
         return Secret(_keyring(name))
     except ValueError as error:
         raise ConfigError(f"reference {reference}: what it names is {error}") from None

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tests.servers.authority import Authority, Certificate
+from tests.servers.processes import wait_until
 
 
 class RefusedError(Exception):
@@ -147,6 +148,10 @@ class Api:
         kv = Kv(self, mount or f"kv-{secrets.token_hex(4)}", version)
         engine = {"type": "kv", "options": {"version": str(version)}}
         self.do("POST", f"sys/mounts/{kv.mount}", engine)
+        if version == 2:  # it makes itself ready, which takes a busy machine a while
+            config = f"{kv.mount}/config"
+            ready = wait_until(lambda: self.request("GET", config)[0] == 200, seconds=20)
+            assert ready, f"{kv.mount} is not ready"
         return kv
 
     def policy(self, name: str, rules: Mapping[str, Sequence[str]]) -> str:

@@ -28,6 +28,7 @@ LEAST_SECONDS = 1.0  # for one of several nodes
 LONGEST_SECONDS = 3650 * 86_400.0
 # A 500 that stays one however often it is asked.
 FINAL_500 = re.compile(r"past the max ttl|failed to find entry for connection")
+UPGRADING = re.compile(r"will resume service shortly")  # a KV 1 to KV 2, or one just mounted
 NO_LEADER = re.compile(r"local node not active|cluster node not found")
 # What a status alone says, whoever asked for what: (in words, hint, another node may do better).
 STATES = {
@@ -191,6 +192,8 @@ class Server:
     def _judge(self, node: Http, reply: Reply) -> None:
         """Raise what an answer means, whoever asked for what; return if the caller knows best."""
         status, text = reply.status, said(reply)
+        if status == 400 and UPGRADING.search(text):
+            raise SourceUnavailable(f"vault: {node.host} is upgrading what is mounted there")
         if status == 204 or (is_own(reply) and status in (200, 202, 400, 401, 403, 404, 405)):
             return
         if is_own(reply) and status == 500 and FINAL_500.search(text):

@@ -1,0 +1,189 @@
+"""One secret of Secrets Manager: its value, its versions, and why there is none.
+
+Every version has an id; labels are moved between them: AWSCURRENT is on the one that counts,
+AWSPREVIOUS on the one before, AWSPENDING on one that a rotation has begun with.
+
+See: https://docs.aws.amazon.com/secretsmanager/latest/userguide/whats-in-a-secret.html
+"""
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from keybroker.credential import Secret
+from keybroker.errors import KeybrokerError, SourceInvalid
+from keybroker.sources.aws.account import Account, Answer
+from keybroker.sources.aws.refusals import CODES, Problem
+from keybroker.values import dataclass
+
+CURRENT, PREVIOUS, PENDING = "AWSCURRENT", "AWSPREVIOUS", "AWSPENDING"
+NOT_THERE, MARKED = "ResourceNotFoundException", "InvalidRequestException"
+LEAST_HINT = "see field"
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """
+    What DescribeSecret says.
+
+    Attributes:
+        current: The id of the version that counts; empty where there is none.
+        versions: Those that bear a label, and which.
+        changed_at: When anything of it was changed last; an answer with an earlier one is from a
+            replica that is behind. AWS's clock.
+        rotates_at: By when its owner says that it is rotated, if that is yet to come.
+    """
+
+    current: str
+    versions: Mapping[str, tuple[str, ...]]
+    changed_at: datetime | None
+    rotates_at: datetime | None
+
+
+class Kept:
+    """One secret, or one field of its JSON."""
+
+    def __init__(self, account: Account, secret: str, field: str | None) -> None:
+        self.account, self.secret, self.field = account, secret, field
+
+    def describe(self) -> Standing:
+        """
+        Ask which version counts: no value is read, and nothing decrypted.
+
+        Raises:
+            SourceInvalid: There is no such secret, or it is to be deleted; `withdrawn`.
+            SourceError, ConfigError: As `Account.ask`.
+        """
+        answer = self.account.ask("DescribeSecret", self.secret, but=(NOT_THERE,))
+        if answer.code:
+            raise self.missing(answer)
+        if isinstance(deleted := answer.value.get("DeletedDate"), datetime):
+            raise self.error(
+                f"is marked for deletion (DeletedDate {deleted.astimezone(UTC):%Y-%m-%d})",
+                f"aws secretsmanager restore-secret --secret-id {self.secret}",
+                withdrawn=True,
+            )
+        stages = answer.value.get("VersionIdsToStages") or {}
+        versions = {str(one): tuple(labels) for one, labels in stages.items()}
+        current = next((one for one, labels in versions.items() if CURRENT in labels), "")
+        changed = _moment(answer, "LastChangedDate")
+        return Standing(current, versions, changed, _rotates_at(answer))
+
+    def read(self, stage: str = CURRENT, version: str | None = None) -> Answer:
+        """
+        Read a version by its label, or by its id.
+
+        Raises:
+            SourceInvalid: There is none; `withdrawn`.
+            SourceError, ConfigError: As `Account.ask`.
+        """
+        which = {"VersionStage": stage} if version is None else {"VersionId": version}
+        answer = self.account.ask("GetSecretValue", self.secret, but=(NOT_THERE, MARKED), **which)
+        if answer.code == MARKED:
+            self.describe()  # says until when it can be restored
+            raise self.account.error(self.secret, CODES[MARKED])
+        if answer.code:
+            raise self.missing(answer)
+        return answer
+
+    def missing(self, answer: Answer) -> KeybrokerError:
+        """Return what to say of a secret, or a version of it, that is not there."""
+        if "staging label" in answer.message.lower() or "version" in answer.message.lower():
+            return self.error(
+                "has no value yet", "aws secretsmanager put-secret-value …", withdrawn=True
+            )
+        hint = "see secret, region and profile; aws secretsmanager list-secrets"
+        return self.error("there is no such secret", hint, withdrawn=True)
+
+    def take(self, answer: Answer) -> tuple[Secret, Mapping[str, Any]]:
+        """
+        Return the key in a value, and the table in whose field it is; an empty one without.
+
+        Raises:
+            SourceInvalid: It is not there, or no key.
+        """
+        text = self.text(answer)
+        if self.field is None:
+            return self._key(text, text, "its value"), {}
+        table = self.table(text)
+        *above, last = pointed(self.field)
+        inner: Any = table
+        for name in above:
+            inner = _member(inner, name)
+        found = _member(inner, last)
+        if found is None:
+            raise self.error(f"has no field {self.field}", LEAST_HINT)
+        return self._key(found, text, f"field {self.field}"), (
+            inner if isinstance(inner, dict) else {}
+        )
+
+    def text(self, answer: Answer) -> str:
+        """Return a value as text, also of one that was stored as bytes."""
+        found = answer.value.get("SecretString")
+        if found is None and isinstance(data := answer.value.get("SecretBinary"), bytes):
+            found = data.decode("utf-8", "replace")
+        if not isinstance(found, str):  # a portal's page, a body that was cut: botocore has {}
+            raise self.error("answers without a value", "is a proxy in between?")
+        return found
+
+    def table(self, text: str) -> Any:
+        """Return what a value's JSON says."""
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            hint = "leave field out if it is the key itself"
+            raise self.error("is no JSON, so it has no fields", hint) from None
+
+    def _key(self, found: Any, text: str, where: str) -> Secret:
+        if not isinstance(found, str):
+            raise self.error(f"{where} is no text", LEAST_HINT)
+        try:
+            return Secret(found.rstrip("\r\n"))  # which `echo` leaves there
+        except ValueError as error:
+            json_like = text.lstrip().startswith("{") and self.field is None
+            hint = 'it is JSON: set field = "/…"' if json_like else "write it without blanks"
+            raise self.error(f"{where} is {error}", hint) from None
+
+    def error(
+        self, words: str, hint: str | None = None, *, withdrawn: bool = False
+    ) -> KeybrokerError:
+        problem = Problem(SourceInvalid, words, hint, withdrawn=withdrawn)
+        return self.account.error(self.secret, problem)
+
+
+def pointed(pointer: str) -> list[str]:
+    """Read a JSON Pointer. See: https://www.rfc-editor.org/rfc/rfc6901"""
+    return [one.replace("~1", "/").replace("~0", "~") for one in pointer.split("/")[1:]]
+
+
+def written_at(answer: Answer) -> datetime | None:
+    """Return when a version was made, by AWS's clock."""
+    return _moment(answer, "CreatedDate")
+
+
+def _moment(answer: Answer, name: str) -> datetime | None:
+    found = answer.value.get(name)
+    return found.astimezone(UTC) if isinstance(found, datetime) else None
+
+
+def _member(table: Any, name: str) -> Any:
+    if isinstance(table, dict):
+        return table.get(name)
+    if isinstance(table, list) and name.isascii() and name.isdigit():
+        index = int(name)
+        canonical = str(index) == name  # RFC 6901: no leading zeros
+        return table[index] if canonical and index < len(table) else None
+    return None
+
+
+def _rotates_at(answer: Answer) -> datetime | None:
+    """Return by when it is rotated: AWS's own date, or the last one and the rule's interval."""
+    by = _moment(answer, "NextRotationDate")
+    last = _moment(answer, "LastRotatedDate")
+    days = (answer.value.get("RotationRules") or {}).get("AutomaticallyAfterDays")
+    if by is None and last is not None and isinstance(days, int) and 0 < days < 10_000:
+        by = last + timedelta(days=days) if answer.value.get("RotationEnabled") else None
+    if by is None or by - answer.skew <= answer.asked_at:
+        return None
+    return by - answer.skew
