@@ -32,9 +32,10 @@ from keybroker.rotation import LOOKS_AT_NEW_KEY, Kind
 from keybroker.sources import Source
 from keybroker.sources.aws.account import Account
 from keybroker.sources.aws.secret import CURRENT, MARKED, NOT_THERE, PENDING, PREVIOUS, Kept
-from keybroker.sources.aws.store import move_current, put_pending
+from keybroker.sources.aws.store import move_current, put_pending, take_off_pending
 from keybroker.sources.held import Held
 
+CURRENT_ALREADY = "the version is current already"
 MOST_PAGES = 10  # of a hundred versions
 
 
@@ -80,6 +81,18 @@ class _Rotation:
         name = "".join(LETTERS[number >> shift & 31] for shift in range(125, -1, -5))
         return f"{prefix(sha256(self.kept.secret.encode())[:8])}{self.profile.name}-{name}"
 
+    def is_current(self, versions: Mapping[str, tuple[str, ...]]) -> bool:
+        """
+        Say whether the rotation is over.
+
+        Raises:
+            SourceInvalid: Another one has begun since.
+        """
+        labels = versions.get(self.token, ())
+        if CURRENT not in labels and PENDING not in labels:
+            raise SourceInvalid("rotation: this version is not AWSPENDING any more")
+        return CURRENT in labels
+
     def end(self, version: str) -> int:
         """Revoke the key of a version; return how many there were."""
         found = self.source.find(self.label(version))
@@ -100,11 +113,9 @@ class _Rotation:
 
 def _create(at: _Rotation) -> str:
     """Mint a key and put it beside the one that is read, unless that was done."""
-    labels = at.kept.describe().versions.get(at.token)
-    if labels is not None and CURRENT in labels:
-        return "the version is current already"
-    if labels is not None and PENDING not in labels:
-        raise SourceInvalid("rotation: the version is not AWSPENDING any more")
+    versions = at.kept.describe().versions
+    if at.token in versions and at.is_current(versions):
+        return CURRENT_ALREADY
     answer = at.pending()
     if not answer.code and ("SecretString" in answer.value or "SecretBinary" in answer.value):
         return f"{at.kept.take(answer)[0].fingerprint} is there already"
@@ -113,8 +124,9 @@ def _create(at: _Rotation) -> str:
     try:
         sources.check_hand_out(credential.secret, at.profile)
         put_pending(at.kept, at.token, credential)
-    except KeybrokerError:
-        at.source.revoke(credential.lease)
+    except KeybrokerError as error:
+        if not getattr(error, "unknown", False):  # else it may be there, and is found by its label
+            at.source.revoke(credential.lease)
         raise
     return f"minted {credential.secret.fingerprint}"
 
@@ -125,7 +137,9 @@ def _set(at: _Rotation) -> str:
 
 
 def _test(at: _Rotation) -> str:
-    """Try the new key at the gateway."""
+    """Try the new key at the gateway. One that is refused is revoked, and AWSPENDING taken off."""
+    if at.is_current(at.kept.describe().versions):
+        return CURRENT_ALREADY
     answer = at.pending()
     if answer.code:
         raise at.kept.missing(answer)
@@ -141,12 +155,14 @@ def _test(at: _Rotation) -> str:
     if verdict.look is Look.UNDECIDED:
         raise SourceUnavailable(problem)
     at.end(at.token)
+    take_off_pending(at.kept, at.token)  # else no other rotation could begin
     raise SourceInvalid(problem)
 
 
 def _finish(at: _Rotation) -> str:
     """Make the new version the one that is read, and end the keys that nobody should have."""
     standing = at.kept.describe()
+    at.is_current(standing.versions)
     if not move_current(at.kept, at.token, standing.current):
         raise SourceInvalid("rotation: another version was made current meanwhile")
     ended = sum(at.end(version) for version in _outdated(at))

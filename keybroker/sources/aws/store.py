@@ -99,14 +99,19 @@ def move_current(kept: Kept, version: str, base: str) -> bool:
     if answer.code:
         return kept.describe().current == version
     if PENDING in standing.versions.get(version, ()):
-        kept.account.ask(  # the rotation is over; a label that is gone already is no matter
-            "UpdateSecretVersionStage",
-            kept.secret,
-            but=(NOT_FROM_THERE, NOT_THERE),
-            VersionStage=PENDING,
-            RemoveFromVersionId=version,
-        )
+        take_off_pending(kept, version)
     return True
+
+
+def take_off_pending(kept: Kept, version: str) -> None:
+    """End a rotation; a label that is gone already is no matter."""
+    kept.account.ask(
+        "UpdateSecretVersionStage",
+        kept.secret,
+        but=(NOT_FROM_THERE, NOT_THERE),
+        VersionStage=PENDING,
+        RemoveFromVersionId=version,
+    )
 
 
 def _value(kept: Kept, secret: Secret, lease: Lease) -> str:
