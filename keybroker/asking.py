@@ -20,6 +20,7 @@ LONGEST_TEXT = 200  # characters
 FIRST_SECONDS = 2.0  # until the first byte of an answer
 WAIT_SECONDS = 8.0  # in all; Claude Code says after ten that a helper is slow
 
+WITHIN = "KEYBROKER_WORKER"  # in the environment of what a worker's libraries start
 OTHER = b"KEYBROKER_CONFIG"  # whether the daemon at the usual place has it, `get` knows
 CLIENT_TTL_MS = b"300000"  # Claude Code's own, where nobody set another
 RUN_USER = b"/run/user"

@@ -12,7 +12,7 @@ from typing import Any
 from keybroker.credential import sha256
 from keybroker.document import Where
 from keybroker.errors import ConfigError
-from keybroker.fields import TEXT, Field, read_table_of
+from keybroker.fields import AWS_ARN, TEXT, Field, read_table_of
 from keybroker.values import dataclass
 
 PLACE = {
@@ -23,6 +23,7 @@ _VARIABLES = {
     "profile": ("AWS_PROFILE", "AWS_DEFAULT_PROFILE"),
     "region": ("AWS_REGION", "AWS_DEFAULT_REGION"),
 }
+MOST_SIGN_INS = 50  # files that are looked at
 _SERVICES = ("SECRETS_MANAGER", "STS", "SSO", "SSO_OIDC", "SIGNIN")
 # What botocore's chain of credentials and its clients read.
 VARIABLES = (
@@ -60,8 +61,14 @@ class Account:
 
 
 def session_of(text: str) -> str:
-    """Return the name of what is kept of an account's credentials, by its table as JSON."""
-    return sha256(f"aws {text}".encode())[:16]
+    """Return the name of what is kept of an account's credentials: they serve all regions."""
+    return sha256(f"aws {read_text(text).profile or ''}".encode())[:16]
+
+
+def account_of(secret: str, account: Account) -> Account:
+    """Return the account to ask for a secret: an ARN says its region."""
+    arn = AWS_ARN.match(secret)
+    return account if arn is None else Account(account.profile, arn[1])
 
 
 def read_account(raw: Mapping[str, Any], path: tuple[str, ...], where: Where) -> Account:
@@ -113,8 +120,21 @@ def with_variables(raw: Mapping[str, Any], environment: Mapping[str, str]) -> di
 def files(environment: Mapping[str, str]) -> list[str]:
     """Return what AWS's own programs write when somebody configures them or signs in."""
     home = "~/.aws"
+    folders = [
+        os.path.join(home, "sso", "cache"),
+        environment.get("AWS_LOGIN_CACHE_DIRECTORY") or os.path.join(home, "login", "cache"),
+    ]
     return [
         environment.get("AWS_CONFIG_FILE") or os.path.join(home, "config"),
         environment.get("AWS_SHARED_CREDENTIALS_FILE") or os.path.join(home, "credentials"),
-        os.path.join(home, "sso", "cache"),  # a folder: its time changes with what is in it
+        *folders,  # their times change when what is in them is replaced
+        *(file for folder in folders for file in _within(folder)),  # or is written over
     ]
+
+
+def _within(folder: str) -> list[str]:
+    try:
+        names = sorted(os.listdir(os.path.expanduser(folder)))
+    except OSError:
+        return []
+    return [os.path.join(folder, name) for name in names[:MOST_SIGN_INS] if name.endswith(".json")]

@@ -18,7 +18,6 @@ from keybroker.document import Where, read
 from keybroker.errors import ConfigError
 from keybroker.fields import (
     AMOUNT,
-    AWS_ARN,
     AWS_SECRET_ID,
     BOOLEAN,
     COMMAND,
@@ -537,9 +536,7 @@ def _read_publish(raw: Mapping[str, Any], path: tuple[str, ...], where: Where) -
 
 def _account(given: Mapping[str, Any], path: tuple[str, ...], where: Where) -> aws.Account:
     """Read the account of a secret, whose ARN says its region."""
-    account = aws.read_account(given, path, where)
-    arn = AWS_ARN.fullmatch(str(given.get("secret")))
-    return account if arn is None else aws.Account(account.profile, arn[1])
+    return aws.account_of(str(given.get("secret")), aws.read_account(given, path, where))
 
 
 def _contradictions(profile: Profile) -> Iterator[tuple[str, str]]:

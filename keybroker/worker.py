@@ -21,7 +21,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from keybroker import kernel, sources
+from keybroker import asking, kernel, sources
 from keybroker.audit import Audit
 from keybroker.cache import Cache, Cached, find_wrap_key
 from keybroker.carry import decode_session, encode_session
@@ -523,8 +523,11 @@ def main() -> None:
     os.umask(0o077)
     _bind_to_parent(parent)
     operations = Operations(state, dict(os.environ))
-    with open(0, "rb", buffering=0, closefd=False) as requests:
-        serve(requests.fileno(), operations)
+    os.environ[asking.WITHIN] = "1"  # of what a library starts: it must not ask us
+    requests = os.dup(0)
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)  # nor read what we are asked
+    serve(requests, operations)
 
 
 def serve(descriptor: int, operations: Operations) -> None:

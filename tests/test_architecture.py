@@ -60,6 +60,7 @@ TABLE: dict[str, set[str]] = {
     "sources.vault.login": set(),
     "sources.vault.place": set(),
     "sources.vault.source": set(),
+    "sources.vault.store": set(),
     "sources.aws": set(),
     "sources.aws.refusals": {"botocore"},
     "sources.aws.account": {"boto3", "botocore"},
@@ -104,7 +105,10 @@ TABLE: dict[str, set[str]] = {
 # The one place that imports downwards, inside functions: a source is chosen by its name.
 CHOICES = {
     ("sources", f"sources.{name}")
-    for name in ("command", "litellm", "static", "vault.place", "vault.source")
+    for name in (
+        *("command", "litellm", "static", "vault.place", "vault.source", "vault.store"),
+        *("aws.account", "aws.source", "aws.store"),
+    )
 }
 CHOICES.add(("listening", "daemon"))  # it listens first, and loads the rest while clients queue
 
@@ -121,6 +125,9 @@ REVEALS = {
     "sources.litellm": "presents the admin key, and asks for the key that it chose",
     "sources.vault.server": "presents the token to Vault",
     "sources.vault.methods": "presents to Vault what a login is made with",
+    "sources.vault.store": "puts it where others read it",
+    "sources.aws.store": "puts it where others read it",
+    "sources.aws.account": "hands boto3 the credentials of a role that it had before",
     "sources.vault.login": "asks Vault whose a wrapping token is, before it is used",
 }
 

@@ -82,6 +82,8 @@ def test_the_smallest_profile_has_every_default() -> None:
             "team_id": None,
             "metadata": {},
         },
+        "account": None,
+        "publish": None,
         "vault": None,
         "raw": None,
     }
@@ -178,15 +180,15 @@ def test_an_issuer_is_where_a_key_is_revoked(text: str, issuer: Issuer) -> None:
         (f"[profiles.work]\n{HEAD}source = 1", "profiles.work.source: expected a table"),
         (
             f"[profiles.work]\n{HEAD}[profiles.work.source]\nlifetime = '12h'",
-            "profiles.work.source.type: expected one of command, litellm, static",
+            "profiles.work.source.type: expected one of aws, command, litellm, static, vault",
         ),
         (
             f"[profiles.work]\n{HEAD}[profiles.work.source]\ntype = 'litelm'",
-            "profiles.work.source.type: expected one of command, litellm, static",
+            "profiles.work.source.type: expected one of aws, command, litellm, static, vault",
         ),
         (
             f"[profiles.work]\n{HEAD}[profiles.work.source]\ntype = ['litellm']",
-            "profiles.work.source.type: expected one of command, litellm, static",
+            "profiles.work.source.type: expected one of aws, command, litellm, static, vault",
         ),
         (
             f"[profiles.work]\n{HEAD}[profiles.work.source]\ntype = 'litellm'",

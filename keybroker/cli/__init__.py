@@ -7,6 +7,8 @@ import sys
 def main() -> None:
     """The console script: errors become one line on stderr and a documented exit status."""
     arguments = sys.argv[1:]
+    if "KEYBROKER_WORKER" in os.environ:  # as `asking` has it; nothing is loaded for this
+        sys.exit(_refuse_ourselves())
     if arguments[:1] == ["get"] and not any(word.startswith("-") for word in arguments):
         status = _ask_daemon(arguments[1:])
         if status is not None:
@@ -14,6 +16,13 @@ def main() -> None:
     from keybroker.cli.base import run
 
     sys.exit(run(arguments))
+
+
+def _refuse_ourselves() -> int:
+    """Say that whoever would answer is who waits for us: it is AWS's credential_process."""
+    text = "keybroker: was asked by keybroker itself; see credential_process in ~/.aws/config"
+    os.write(2, f"{text}\n".encode())
+    return 78
 
 
 def _ask_daemon(profile: list[str]) -> int | None:

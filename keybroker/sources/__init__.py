@@ -192,11 +192,10 @@ def _reader(
         vault = read_text(issuer.vault)
         return lambda reference: read_reference(reference, vault, environment, held, seconds / 3)
     if issuer.aws:
-        from keybroker.sources.aws.account import Account
         from keybroker.sources.aws.source import read_reference as read_aws_reference
 
-        account = Account.of(aws.read_text(issuer.aws), held)
-        return lambda reference: read_aws_reference(reference, account)
+        account = aws.read_text(issuer.aws)
+        return lambda reference: read_aws_reference(reference, account, held)
     return None
 
 

@@ -8,12 +8,16 @@ See: https://docs.aws.amazon.com/sdkref/latest/guide/standardized-credentials.ht
 
 import json
 import os
+import re
 import shlex
+import signal
+import subprocess
 from base64 import b64decode, b64encode
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any
 
 import boto3  # type: ignore[import-untyped]
@@ -22,18 +26,24 @@ import botocore.credentials  # type: ignore[import-untyped]
 import botocore.exceptions as problems  # type: ignore[import-untyped]
 import botocore.parsers  # type: ignore[import-untyped]
 import botocore.session  # type: ignore[import-untyped]
+import botocore.utils  # type: ignore[import-untyped]
 
 from keybroker import __version__
 from keybroker.aws import Account as Place
 from keybroker.aws import session_of
 from keybroker.credential import Secret, Session
-from keybroker.errors import KeybrokerError, SourceDenied, SourceError
+from keybroker.errors import KeybrokerError, SourceDenied, SourceError, SourceInvalid
 from keybroker.sources.aws.refusals import (
+    ENDED,
+    KMS,
     NO_ANSWER,
+    NOT_KNOWN,
     SET_THE_CLOCK,
     SIGN_IN,
+    UNUSABLE,
     Problem,
     facts,
+    is_about_the_call,
     is_denial,
     of_answer,
     of_exception,
@@ -49,8 +59,14 @@ CALLS = botocore.config.Config(
     user_agent_extra=f"keybroker/{__version__}",
 )
 IDENTITY = botocore.config.Config(connect_timeout=1, read_timeout=1)
+PROGRAM_SECONDS = 5.0  # the longest that a credential_process may take
 MOST_AT_ONCE = 20  # secrets in one BatchGetSecretValue
+FORESEEN_FOR = timedelta(seconds=10)  # then it is asked for anew
+LONGEST_TEXT = 200
 SKEW = timedelta(seconds=30)  # the header counts whole seconds and the call took its time
+ARN = re.compile(r"arn:aws[a-z-]*:(?:iam|sts)::[0-9]{12}:[!-~]{1,256}")
+# What botocore lets through where it was given something else than it expected.
+STUMBLES = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +89,28 @@ class Answer:
     message: str = field(default="", repr=False)
 
 
+class Program(subprocess.Popen[bytes]):
+    """A credential_process: it has nobody to ask, and does not make us wait for ever."""
+
+    def __init__(self, command: list[str], **given: Any) -> None:
+        super().__init__(command, stdin=subprocess.DEVNULL, start_new_session=True, **given)
+
+    def communicate(self, *_: Any, **__: Any) -> tuple[bytes, bytes]:
+        """Return what it wrote."""
+        try:
+            return super().communicate(timeout=PROGRAM_SECONDS)
+        except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)  # and all that it started
+            self.wait()
+            raise problems.CredentialRetrievalError(provider="late-process", error_msg="") from None
+
+
+# botocore looks its provider up when it makes a chain, and would start it without such limits.
+botocore.credentials.ProcessProvider = partial(botocore.credentials.ProcessProvider, popen=Program)
+botocore.utils.ContainerMetadataFetcher.RETRY_ATTEMPTS = 1
+
+
 class Account:
     """
     Asks Secrets Manager as one account.
@@ -87,7 +125,8 @@ class Account:
         self._kept = _Kept(held, session_of(place.text))
         self._core: Any = None
         self._client: Any = None
-        self._foreseen: dict[str, Answer] = {}
+        self._foreseen: dict[str, list[Answer | KeybrokerError]] = {}
+        self._one_by_one = False  # who we are may not read several at once
 
     @classmethod
     def of(cls, place: Place, held: Held) -> "Account":
@@ -127,30 +166,68 @@ class Account:
         return Answer(found, asked_at, _skew(found, asked_at))
 
     def foresee(self, secrets: list[str]) -> None:
-        """Read several secrets with one call; who asks for one of them next has it from here."""
+        """
+        Read several secrets with one call; who asks for one of them next has it from here.
+
+        What keeps the call from being answered would keep each of them, and is not tried for each.
+        """
         self._foreseen.clear()
         wanted = list(dict.fromkeys(secrets))
         for n in range(0, len(wanted), MOST_AT_ONCE):
             some = wanted[n : n + MOST_AT_ONCE]
-            asked_at = datetime.now(UTC)
-            try:
-                with self._translated("BatchGetSecretValue", "*"):
-                    found = self._connected().batch_get_secret_value(SecretIdList=some)
-            except KeybrokerError:  # each is read by itself, and says what is wrong
+            if self._one_by_one or len(some) < 2:
                 return
-            skew = _skew(found, asked_at)
-            for one in found.get("SecretValues") or ():
-                for name in (one.get("ARN"), one.get("Name")):
-                    self._foreseen[str(name)] = Answer(one, asked_at, skew)
+            found = self._read_together(some)
+            for name in some:
+                if name in found:
+                    self._foreseen[name] = [found[name]] * secrets.count(name)
 
     def foreseen(self, secret: str) -> Answer | None:
-        """Return what was read of a secret together with others, once."""
-        return self._foreseen.pop(secret, None)
+        """
+        Return what was read of a secret together with others, once for each who asked.
+
+        Raises:
+            SourceError, ConfigError: They could not be read, nor could this one now.
+        """
+        waiting = self._foreseen.get(secret)
+        if not waiting:
+            return None
+        found = waiting.pop()
+        if isinstance(found, KeybrokerError):
+            raise found
+        return found if datetime.now(UTC) - found.asked_at < FORESEEN_FOR else None
+
+    def _read_together(self, some: list[str]) -> dict[str, Answer | KeybrokerError]:
+        """Return what is there of some secrets, by the names that they were asked for with."""
+        operation, asked_at = "BatchGetSecretValue", datetime.now(UTC)
+        try:
+            with self._translated(operation, ""):
+                try:
+                    found = self._connected().batch_get_secret_value(SecretIdList=some)
+                except problems.ClientError as error:
+                    code, status, message = facts(error.response)
+                    its_own = str(error.operation_name) == operation
+                    if its_own and is_about_the_call(code, status, message):
+                        self._one_by_one = True  # each is read by itself, and says what is wrong
+                        return {}
+                    raise
+                values = found.get("SecretValues", found.get("Errors"))
+                if not isinstance(values, list):
+                    raise self.error("", NO_ANSWER)
+                skew = _skew(found, asked_at)
+                answers = [Answer(one, asked_at, skew) for one in found.get("SecretValues") or ()]
+                return {str(one.value.get(n)): one for one in answers for n in ("ARN", "Name")}
+        except KeybrokerError as error:
+            return dict.fromkeys(some, error)
 
     def error(self, secret: str, problem: Problem) -> KeybrokerError:
         """Put a problem with a secret into words: who asked for what, and what came of it."""
-        about = f"{secret}: " if secret else ""
-        text = f"{self.who}: {about}{problem.words}"[:200]
+        room = LONGEST_TEXT - len(f"{self.who}: : {problem.words}")
+        name = secret.rpartition(":secret:")[2]
+        if len(name) > room:
+            name = f"…{name[1 - room :]}" if room > 1 else ""
+        about = f"{name}: " if name else ""
+        text = f"{self.who}: {about}{problem.words}"[:LONGEST_TEXT]
         if not issubclass(problem.kind, SourceError):
             return problem.kind(text, hint=problem.hint)
         return problem.kind(
@@ -173,28 +250,62 @@ class Account:
             return self._client
         self._core = core = botocore.session.Session()
         core.set_default_client_config(CALLS)
-        session = boto3.session.Session(
-            botocore_session=core,
-            profile_name=self._place.profile,
-            region_name=self._place.region,
-        )
-        self.who = f"aws: {replace(self._place, region=session.region_name)}"
-        chain = botocore.credentials.create_credential_resolver(
-            core, cache=self._kept, region_name=session.region_name
-        )
-        core.register_component("credential_provider", chain)
-        client = session.client("secretsmanager")
+        try:
+            session = boto3.session.Session(
+                botocore_session=core,
+                profile_name=self._named_profile(),
+                region_name=self._place.region,
+            )
+            self.who = f"aws: {replace(self._place, region=session.region_name)}"
+            chain = botocore.credentials.create_credential_resolver(
+                core, cache=self._kept, region_name=session.region_name
+            )
+            core.register_component("credential_provider", chain)
+            client = session.client("secretsmanager")
+        except (*STUMBLES, OSError) as error:
+            if isinstance(error, problems.BotoCoreError):
+                raise
+            raise self.error("", UNUSABLE) from None
         try:
             found = core.get_credentials()
             if found is None:
                 raise problems.NoCredentialsError()
             found.get_frozen_credentials()
-        except (OSError, ValueError, KeyError) as error:  # of a program, a file
+        except RuntimeError:  # they are refreshed, and have ended all the same
+            raise self.error("", ENDED) from None
+        except (*STUMBLES, OSError) as error:  # of a program, a file
             if isinstance(error, problems.BotoCoreError):
                 raise
-            raise problems.CredentialRetrievalError(provider="", error_msg="") from None
+            raise problems.CredentialRetrievalError(provider=self._way(), error_msg="") from None
         self._client = client
         return client
+
+    def _named_profile(self) -> str | None:
+        """
+        Return the profile, if it was not a variable that named it.
+
+        A profile that is named goes before keys in variables; one that a variable names does not.
+        """
+        environ = os.environ
+        theirs = environ.get("AWS_DEFAULT_PROFILE") or environ.get("AWS_PROFILE")
+        return None if self._place.profile == theirs else self._place.profile
+
+    def _way(self) -> str:
+        """Return botocore's word for how credentials are come by, as far as it has a file."""
+        settings = self._settings()
+        if "credential_process" in settings:
+            return "custom-process"
+        variable = "AWS_WEB_IDENTITY_TOKEN_FILE"
+        if "web_identity_token_file" in settings or variable in os.environ:
+            return "assume-role-with-web-identity"
+        return ""
+
+    def _settings(self) -> Mapping[str, Any]:
+        """Return what ~/.aws/config says of the profile."""
+        with suppress(problems.BotoCoreError, *STUMBLES):
+            found = self._core.get_scoped_config()
+            return found if isinstance(found, dict) else {}
+        return {}
 
     @contextmanager
     def _translated(self, operation: str, secret: str) -> Iterator[None]:
@@ -208,74 +319,96 @@ class Account:
                 secret = ""  # it is not about any one
             self.close()  # the files and variables that it read may be others next time
             raise self.error(secret, self._for_us(of_exception(error))) from None
-        except botocore.parsers.ResponseParserError:
+        except (botocore.parsers.ResponseParserError, *STUMBLES):
             raise self.error(secret, NO_ANSWER) from None
+        except RuntimeError:
+            raise self.error("", ENDED) from None
 
     def _refusal(self, operation: str, secret: str, error: Any) -> KeybrokerError:
         code, status, message = facts(error.response)
         asked = str(error.operation_name)
-        if is_denial(code, status):
-            return self._denied(operation, asked, secret, message)
-        problem = of_answer(code, status, message)
-        if problem.hint == SET_THE_CLOCK:
-            ahead = -_skew(error.response, datetime.now(UTC))
-            if ahead:
-                way = "ahead" if ahead > timedelta() else "behind"
-                minutes = max(1, round(abs(ahead) / timedelta(minutes=1)))
-                words = f"{problem.words}: it is {minutes} min {way}"
-                problem = replace(problem, words=words)
+        if asked != operation:  # of whoever has the credentials: STS, the sign-in
+            return self._no_credentials(asked, code, status, error)
+        if is_denial(code, status) or code in KMS:
+            return self._denied(operation, secret, code, message)
+        problem = _with_clock(of_answer(code, status, message), error)
+        if problem in NOT_KNOWN:
+            self._kept.forget()
         if problem.kind is SourceDenied:
             self.close()
             secret = ""
-        if asked != operation:  # of whoever has the credentials: STS, the sign-in
-            return self.error("", replace(problem, words=f"{asked} {problem.words}"))
         return self.error(secret, problem)
 
-    def _denied(self, operation: str, asked: str, secret: str, message: str) -> KeybrokerError:
+    def _denied(self, operation: str, secret: str, code: str, message: str) -> KeybrokerError:
         """Say who may not do what, and what would allow it."""
         who = self._identity()
         self.close()  # another policy may come with other credentials
-        if asked.startswith("AssumeRole"):
-            problem = Problem(
-                SourceDenied,
-                f"{who} may not assume the role",
-                "see role_arn in ~/.aws/config, and whom the role trusts",
-            )
-            return self.error("", problem)
-        if asked != operation:
-            hint = "see sso_account_id and sso_role_name in ~/.aws/config"
-            return self.error("", Problem(SourceDenied, "the sign-in has no such role", hint))
-        if "KMS" in message:
+        self._kept.forget()
+        if code in KMS or "KMS" in message:
             action = "kms:Decrypt" if operation.startswith("Get") else "kms:GenerateDataKey"
             words = f"{who} may not use the key that encrypts it"
-            return self.error(secret, Problem(SourceDenied, words, f"allow it {action}"))
+            hint = f"allow it {action}; aws kms describe-key says if the key is enabled"
+            return self.error(secret, Problem(SourceDenied, words, hint))
         words = f"{who} may not {operation}"
         hint = f"allow it secretsmanager:{operation}; see docs/aws.md"
         return self.error(secret, Problem(SourceDenied, words, hint))
+
+    def _no_credentials(self, asked: str, code: str, status: int, error: Any) -> KeybrokerError:
+        """Say why STS, or the sign-in, gave no credentials."""
+        role = self._role()
+        self.close()
+        if is_denial(code, status) and asked.startswith("AssumeRole"):
+            words = f"its credentials may not assume {role}"
+            hint = "allow it sts:AssumeRole, and have the role trust it; see ~/.aws/config"
+            return self.error("", Problem(SourceDenied, words, hint))
+        if is_denial(code, status):
+            hint = "see sso_account_id and sso_role_name in ~/.aws/config"
+            return self.error("", Problem(SourceDenied, "its sign-in has no such role", hint))
+        problem = _with_clock(of_answer(code, status, facts(error.response)[2]), error)
+        if problem.kind is SourceInvalid:
+            problem = replace(problem, hint=f"see {role} and its settings in ~/.aws/config")
+        if problem.kind is not SourceDenied:
+            problem = replace(problem, words=f"{asked} {problem.words}")
+        return self.error("", problem)
+
+    def _role(self) -> str:
+        """Return the role that is assumed, if it is plain which."""
+        settings = self._settings()
+        role = settings.get("role_arn") or os.environ.get("AWS_ROLE_ARN")
+        first = settings.get("source_profile")
+        with suppress(problems.BotoCoreError, *STUMBLES):
+            profiles = self._core.full_config["profiles"]
+            if first != self._place.profile and "role_arn" in profiles.get(first, {}):
+                return "a role"  # of several in a row
+        return role if isinstance(role, str) and role.startswith("arn:") else "the role"
 
     def _identity(self) -> str:
         """Return the ARN that AWS knows us by, for which no permission is needed."""
         try:
             client = self._core.create_client("sts", config=IDENTITY)
-            arn = client.get_caller_identity().get("Arn")
-        except (problems.BotoCoreError, problems.ClientError):
+            try:
+                arn = client.get_caller_identity().get("Arn")
+            finally:
+                client.close()
+        except (problems.BotoCoreError, problems.ClientError, botocore.parsers.ResponseParserError):
             return "this identity"
-        return arn if isinstance(arn, str) and arn.startswith("arn:aws") else "this identity"
+        except (*STUMBLES, RuntimeError):
+            return "this identity"
+        return arn if isinstance(arn, str) and ARN.fullmatch(arn) else "this identity"
 
     def _for_us(self, problem: Problem) -> Problem:
         """Name the profile in what is to be typed, and a credential_process that is ourselves."""
         if problem.hint == SIGN_IN and self._place.profile is not None:
             return replace(problem, hint=f"{SIGN_IN} --profile {self._place.profile}")
-        if problem.words == "who keeps its credentials failed" and self._asks_itself():
-            hint = "its credential_process is keybroker, which would wait for itself"
+        if "credential_process" in problem.words and self._asks_itself():
+            hint = "it is keybroker, which would wait for itself; see ~/.aws/config"
             return replace(problem, hint=hint)
         return problem
 
     def _asks_itself(self) -> bool:
-        with suppress(problems.BotoCoreError, ValueError):
-            command = self._core.get_scoped_config().get("credential_process")
-            words = shlex.split(command or "")
-            return bool(words) and os.path.basename(words[0]).startswith("keybroker")
+        with suppress(ValueError):
+            words = shlex.split(str(self._settings().get("credential_process", "")))
+            return any(os.path.basename(word).startswith("keybroker") for word in words)
         return False
 
 
@@ -299,6 +432,11 @@ class _Kept(MutableMapping[str, Any]):
         now = datetime.now(UTC)
         self._held.put(Session(self._name, secret=secret, issued_at=now, expires_at=ends))
 
+    def forget(self) -> None:
+        """Keep nothing: AWS does not take it any more."""
+        if self._read():
+            self._held.put(Session(self._name))
+
     def __delitem__(self, key: str) -> None:
         raise AssertionError("botocore replaces, and forgets nothing")
 
@@ -321,10 +459,23 @@ class _Kept(MutableMapping[str, Any]):
 
 
 def _end(kept: Mapping[str, Any]) -> datetime:
-    """Return when credentials end that botocore keeps."""
-    ends = kept["Credentials"]["Expiration"]
-    text = ends.isoformat() if isinstance(ends, datetime) else str(ends)
-    return datetime.fromisoformat(text.replace("UTC", "+00:00")).astimezone(UTC)
+    """Return when credentials end that botocore keeps; they have ended if nobody can tell."""
+    try:
+        ends = kept["Credentials"]["Expiration"]
+        text = ends.isoformat() if isinstance(ends, datetime) else str(ends)
+        return datetime.fromisoformat(text.replace("UTC", "+00:00")).astimezone(UTC)
+    except STUMBLES:
+        return datetime.min.replace(tzinfo=UTC)
+
+
+def _with_clock(problem: Problem, error: Any) -> Problem:
+    """Say how wrong the clock is, where it is the clock that is wrong."""
+    ahead = -_skew(error.response, datetime.now(UTC))
+    if problem.hint != SET_THE_CLOCK or not ahead:
+        return problem
+    way = "ahead" if ahead > timedelta() else "behind"
+    minutes = max(1, round(abs(ahead) / timedelta(minutes=1)))
+    return replace(problem, words=f"{problem.words}: it is {minutes} min {way}")
 
 
 def _skew(response: Mapping[str, Any], asked_at: datetime) -> timedelta:
@@ -332,6 +483,6 @@ def _skew(response: Mapping[str, Any], asked_at: datetime) -> timedelta:
     headers = (response.get("ResponseMetadata") or {}).get("HTTPHeaders") or {}
     try:
         found = parsedate_to_datetime(str(headers.get("date"))) - asked_at
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return timedelta()
     return found if abs(found) > SKEW else timedelta()

@@ -24,6 +24,7 @@ from keybroker.values import dataclass
 THROTTLED = timedelta(seconds=5)
 SKEWED = re.compile(r"signature (?:expired|not yet current)|too skewed|not yet valid", re.I)
 SIGN_IN = "type: aws sso login"  # and --profile, where there is one
+LOG_IN = "type: aws login"
 SET_THE_CLOCK = "set the clock"
 
 
@@ -49,6 +50,7 @@ class Problem:
 
 
 _ENDPOINT = "see region, AWS_ENDPOINT_URL and the proxy variables"
+_VALUE = "a value of its profile cannot be used"
 _CONFIG = "see AWS_PROFILE and ~/.aws/config"
 _CREDENTIALS = "try: aws sts get-caller-identity"
 _NOT_AWS = "is a login page or a proxy in between?"
@@ -109,8 +111,14 @@ EXCEPTIONS: dict[type[Exception], Problem] = {
     problems.SSOTokenLoadError: Problem(SourceDenied, "nobody is signed in", SIGN_IN),
     problems.UnauthorizedSSOTokenError: Problem(SourceDenied, "its sign-in has ended", SIGN_IN),
     problems.SSOError: Problem(SourceDenied, "its sign-in cannot be used", SIGN_IN),
-    problems.LoginError: Problem(SourceDenied, "its sign-in cannot be used", "aws login"),
-    problems.CredentialRetrievalError: Problem(
+    problems.LoginInsufficientPermissions: Problem(
+        SourceDenied, "its sign-in lacks rights", "allow it signin:CreateOAuth2Token"
+    ),
+    problems.LoginError: Problem(SourceDenied, "its sign-in cannot be used", LOG_IN),
+    problems.MissingDependencyException: Problem(
+        ConfigError, "its sign-in needs botocore[crt]", "install it beside keybroker"
+    ),
+    problems.CredentialRetrievalError: Problem(  # see PROVIDERS
         SourceUnavailable, "who keeps its credentials failed", _CREDENTIALS
     ),
     problems.MetadataRetrievalError: Problem(
@@ -127,8 +135,73 @@ EXCEPTIONS: dict[type[Exception], Problem] = {
     problems.InvalidEndpointConfigurationError: Problem(
         ConfigError, "has no endpoint there", _ENDPOINT
     ),
+    # Of values that a file or a variable has.
+    problems.InvalidDefaultsMode: Problem(ConfigError, _VALUE, "see defaults_mode"),
+    problems.InvalidRetryConfigurationError: Problem(
+        ConfigError, _VALUE, "see retry_mode and max_attempts"
+    ),
+    problems.InvalidProxiesConfigError: Problem(ConfigError, _VALUE, "see HTTPS_PROXY, NO_PROXY"),
+    problems.InvalidChecksumConfigError: Problem(ConfigError, _VALUE, _CONFIG),
+    problems.InvalidSTSRegionalEndpointsConfigError: Problem(
+        ConfigError, _VALUE, "see sts_regional_endpoints"
+    ),
+    problems.InvalidEndpointDiscoveryConfigurationError: Problem(
+        ConfigError, _VALUE, "see endpoint_discovery_enabled"
+    ),
+    problems.InvalidS3AddressingStyleError: Problem(ConfigError, _VALUE, _CONFIG),
+    problems.InvalidS3UsEast1RegionalEndpointConfigError: Problem(ConfigError, _VALUE, _CONFIG),
+    problems.UnknownSignatureVersionError: Problem(ConfigError, _VALUE, _CONFIG),
+    problems.UnsupportedSignatureVersionError: Problem(ConfigError, _VALUE, _CONFIG),
+    problems.ServiceNotInRegionError: Problem(ConfigError, "has no endpoint there", _ENDPOINT),
+    problems.DataNotFoundError: Problem(
+        ConfigError, "this boto3 does not know the service", "see data_path and AWS_DATA_PATH"
+    ),
+    problems.ApiVersionNotFoundError: Problem(
+        ConfigError, "this boto3 does not know the service", "see api_versions in ~/.aws/config"
+    ),
+    problems.UnsupportedServiceProtocolsError: Problem(
+        ConfigError, "this boto3 does not know the service", "install another"
+    ),
+    problems.ParamValidationError: Problem(
+        ConfigError, "its settings are not as AWS wants them", "see secret, and ~/.aws/config"
+    ),
+    problems.ValidationError: Problem(ConfigError, _VALUE, _CONFIG),
+    problems.MissingParametersError: Problem(ConfigError, _VALUE, _CONFIG),
+    problems.InvalidHostLabelError: Problem(ConfigError, "has no endpoint there", _ENDPOINT),
+    problems.ChecksumError: Problem(SourceUnavailable, "broke off its answer", unknown=True),
+    problems.FlexibleChecksumError: Problem(
+        SourceUnavailable, "broke off its answer", unknown=True
+    ),
+    # Of what is not done here: paging, waiting, other services, tests. A bug, if it comes.
     problems.BotoCoreError: Problem(SourceUnavailable, "could not be asked", _CREDENTIALS),
 }
+# Who keeps credentials, in botocore's words.
+PROVIDERS: dict[str, Problem] = {
+    "custom-process": Problem(
+        SourceUnavailable, "its credential_process failed", "try what ~/.aws/config names there"
+    ),
+    "late-process": Problem(
+        SourceUnavailable,
+        "its credential_process did not end in time",
+        "it has 5 s, and nobody to ask",
+    ),
+    "container-role": Problem(
+        SourceUnavailable,
+        "the credentials of its container could not be had",
+        "see AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    ),
+    "assume-role-with-web-identity": Problem(
+        ConfigError, "its web identity token cannot be read", "see AWS_WEB_IDENTITY_TOKEN_FILE"
+    ),
+}
+UNUSABLE = Problem(
+    ConfigError,
+    "a value of its profile or of a variable cannot be used",
+    "see AWS_ENDPOINT_URL, HTTPS_PROXY, ~/.aws/config",
+)
+ENDED = Problem(
+    SourceUnavailable, "the credentials that it was given have ended", "is the clock right?"
+)
 
 _EXPIRED = Problem(SourceDenied, "the credentials have ended", _CREDENTIALS)
 _UNKNOWN = Problem(SourceDenied, "the credentials are not known", _CREDENTIALS)
@@ -136,11 +209,13 @@ _SIGNATURE = Problem(SourceDenied, "the secret access key is wrong", _CREDENTIAL
 _THROTTLED = Problem(SourceUnavailable, "asks to wait", retry_after=THROTTLED)
 _FAILED = Problem(SourceUnavailable, "failed", unknown=True)
 _WRONG = Problem(SourceInvalid, "does not take what was asked", "see secret and field")
+NOT_KNOWN = (_EXPIRED, _UNKNOWN)  # another assumed role may do
+KMS = ("DecryptionFailure", "EncryptionFailure")  # a denial, or a key that is switched off
 # What Secrets Manager and STS answer, by code. A denial and a secret that is not there are put
 # into words by who asked.
 CODES: dict[str, Problem] = {
     "ExpiredToken": _EXPIRED,
-    "ExpiredTokenException": _EXPIRED,
+    "ExpiredTokenException": _EXPIRED,  # of a web identity token too
     "RequestExpired": _EXPIRED,
     "TokenRefreshRequired": _EXPIRED,
     "InvalidClientTokenId": _UNKNOWN,
@@ -158,12 +233,6 @@ CODES: dict[str, Problem] = {
         SourceDenied, "the web identity token was refused", "see AWS_WEB_IDENTITY_TOKEN_FILE"
     ),
     "IDPCommunicationError": Problem(SourceUnavailable, "could not reach who issued the token"),
-    "DecryptionFailure": Problem(
-        SourceDenied, "the key that encrypts it may not be used", "allow kms:Decrypt with it"
-    ),
-    "EncryptionFailure": Problem(
-        SourceDenied, "the key that encrypts it may not be used", "allow kms:GenerateDataKey"
-    ),
     "ThrottlingException": _THROTTLED,
     "Throttling": _THROTTLED,
     "TooManyRequestsException": _THROTTLED,
@@ -184,12 +253,19 @@ CODES: dict[str, Problem] = {
         SourceUnavailable, "has all the versions that it may have", "it is tried again by itself"
     ),
     "PreconditionNotMetException": Problem(SourceUnavailable, "is not ready for that"),
-    "MalformedPolicyDocumentException": _WRONG,
+    "PackedPolicyTooLarge": Problem(SourceInvalid, "has a session policy that is too large"),
+    "RegionDisabledException": Problem(
+        SourceDenied, "the account has not enabled this region for it", "see region"
+    ),
 }
 
 
 def of_exception(error: Exception) -> Problem:
     """Say what an exception of botocore's means."""
+    if isinstance(error, problems.CredentialRetrievalError):
+        provider = str(getattr(error, "kwargs", {}).get("provider"))
+        if provider in PROVIDERS:
+            return PROVIDERS[provider]
     return next(one for kind, one in EXCEPTIONS.items() if isinstance(error, kind))
 
 
@@ -198,6 +274,14 @@ def is_denial(code: str, status: int) -> bool:
     return code in ("AccessDeniedException", "AccessDenied") or (
         status == 403 and code in ("403", "ForbiddenException", "UnauthorizedException")
     )
+
+
+def is_about_the_call(code: str, status: int, message: str) -> bool:
+    """Tell an answer that says no to a call as such: what needs other calls may still be done."""
+    if is_denial(code, status):
+        return True
+    known = of_answer(code, status, message)
+    return known.kind is SourceInvalid
 
 
 def of_answer(code: str, status: int, message: str) -> Problem:

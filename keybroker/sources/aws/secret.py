@@ -7,6 +7,7 @@ See: https://docs.aws.amazon.com/secretsmanager/latest/userguide/whats-in-a-secr
 """
 
 import json
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -17,9 +18,12 @@ from keybroker.sources.aws.account import Account, Answer
 from keybroker.sources.aws.refusals import CODES, Problem
 from keybroker.values import dataclass
 
+SOON = timedelta(seconds=5)  # after the moment by which its owner wants it rotated
+OVERDUE = timedelta(hours=1)  # so long a rotation is awaited, less and less often
 CURRENT, PREVIOUS, PENDING = "AWSCURRENT", "AWSPREVIOUS", "AWSPENDING"
 NOT_THERE, MARKED = "ResourceNotFoundException", "InvalidRequestException"
 LEAST_HINT = "see field"
+INDEX = re.compile(r"0|[1-9][0-9]{0,8}")  # RFC 6901: no leading zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +36,13 @@ class Standing:
         versions: Those that bear a label, and which.
         changed_at: When anything of it was changed last; an answer with an earlier one is from a
             replica that is behind. AWS's clock.
-        rotates_at: By when its owner says that it is rotated, if that is yet to come.
+        reread_at: When it is worth reading again, by the date that its owner rotates it on.
     """
 
     current: str
     versions: Mapping[str, tuple[str, ...]]
     changed_at: datetime | None
-    rotates_at: datetime | None
+    reread_at: datetime | None
 
 
 class Kept:
@@ -58,17 +62,17 @@ class Kept:
         answer = self.account.ask("DescribeSecret", self.secret, but=(NOT_THERE,))
         if answer.code:
             raise self.missing(answer)
-        if isinstance(deleted := answer.value.get("DeletedDate"), datetime):
+        if deleted := _moment(answer, "DeletedDate"):
             raise self.error(
-                f"is marked for deletion (DeletedDate {deleted.astimezone(UTC):%Y-%m-%d})",
+                f"is marked for deletion (DeletedDate {deleted:%Y-%m-%d})",
                 f"aws secretsmanager restore-secret --secret-id {self.secret}",
                 withdrawn=True,
             )
         stages = answer.value.get("VersionIdsToStages") or {}
-        versions = {str(one): tuple(labels) for one, labels in stages.items()}
+        versions = {str(one): tuple(labels or ()) for one, labels in stages.items()}
         current = next((one for one, labels in versions.items() if CURRENT in labels), "")
         changed = _moment(answer, "LastChangedDate")
-        return Standing(current, versions, changed, _rotates_at(answer))
+        return Standing(current, versions, changed, _reread_at(answer))
 
     def read(self, stage: str = CURRENT, version: str | None = None) -> Answer:
         """
@@ -105,7 +109,9 @@ class Kept:
         """
         text = self.text(answer)
         if self.field is None:
-            return self._key(text, text, "its value"), {}
+            if _is_json(text):  # without a blank it would pass for a key
+                raise self.error("its value is JSON", 'name the field in it: field = "/…"')
+            return self._key(text, "its value"), {}
         table = self.table(text)
         *above, last = pointed(self.field)
         inner: Any = table
@@ -114,9 +120,8 @@ class Kept:
         found = _member(inner, last)
         if found is None:
             raise self.error(f"has no field {self.field}", LEAST_HINT)
-        return self._key(found, text, f"field {self.field}"), (
-            inner if isinstance(inner, dict) else {}
-        )
+        beside = inner if isinstance(inner, dict) else {}
+        return self._key(found, f"field {self.field}"), beside
 
     def text(self, answer: Answer) -> str:
         """Return a value as text, also of one that was stored as bytes."""
@@ -135,14 +140,13 @@ class Kept:
             hint = "leave field out if it is the key itself"
             raise self.error("is no JSON, so it has no fields", hint) from None
 
-    def _key(self, found: Any, text: str, where: str) -> Secret:
+    def _key(self, found: Any, where: str) -> Secret:
         if not isinstance(found, str):
             raise self.error(f"{where} is no text", LEAST_HINT)
         try:
             return Secret(found.rstrip("\r\n"))  # which `echo` leaves there
         except ValueError as error:
-            json_like = text.lstrip().startswith("{") and self.field is None
-            hint = 'it is JSON: set field = "/…"' if json_like else "write it without blanks"
+            hint = "write one word of printable ASCII there"
             raise self.error(f"{where} is {error}", hint) from None
 
     def error(
@@ -164,26 +168,45 @@ def written_at(answer: Answer) -> datetime | None:
 
 def _moment(answer: Answer, name: str) -> datetime | None:
     found = answer.value.get(name)
-    return found.astimezone(UTC) if isinstance(found, datetime) else None
+    try:
+        return found.astimezone(UTC) if isinstance(found, datetime) else None
+    except OverflowError:  # at an end of the calendar
+        return None
+
+
+def _is_json(text: str) -> bool:
+    """Tell JSON with fields from a key."""
+    try:
+        return text.lstrip()[:1] in ("{", "[") and isinstance(json.loads(text), dict | list)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _member(table: Any, name: str) -> Any:
     if isinstance(table, dict):
         return table.get(name)
-    if isinstance(table, list) and name.isascii() and name.isdigit():
-        index = int(name)
-        canonical = str(index) == name  # RFC 6901: no leading zeros
-        return table[index] if canonical and index < len(table) else None
+    if isinstance(table, list) and INDEX.fullmatch(name) and int(name) < len(table):
+        return table[int(name)]
     return None
 
 
-def _rotates_at(answer: Answer) -> datetime | None:
-    """Return by when it is rotated: AWS's own date, or the last one and the rule's interval."""
+def _reread_at(answer: Answer) -> datetime | None:
+    """
+    Return when to read again: shortly after the owner rotates, by AWS's date or by the rule.
+
+    One that is late is looked for at growing distances, and then as often as any.
+    """
     by = _moment(answer, "NextRotationDate")
     last = _moment(answer, "LastRotatedDate")
     days = (answer.value.get("RotationRules") or {}).get("AutomaticallyAfterDays")
-    if by is None and last is not None and isinstance(days, int) and 0 < days < 10_000:
-        by = last + timedelta(days=days) if answer.value.get("RotationEnabled") else None
-    if by is None or by - answer.skew <= answer.asked_at:
+    try:
+        if by is None and last is not None and answer.value.get("RotationEnabled") and days:
+            by = last + timedelta(days=days)
+        if by is None:
+            return None
+        late = answer.asked_at + answer.skew - by
+        if late > OVERDUE:
+            return None
+        return answer.asked_at - late + max(SOON, 2 * late)
+    except (OverflowError, TypeError):  # at an end of the calendar
         return None
-    return by - answer.skew

@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from keybroker.aws import Account as Place
+from keybroker.aws import account_of
 from keybroker.config import Profile
 from keybroker.credential import Credential, Lease, Reference, Secret
 from keybroker.fields import read_duration
@@ -16,7 +18,6 @@ from keybroker.sources.gateway import Gateway
 from keybroker.sources.held import Held
 from keybroker.values import replace
 
-ROTATED_BY = timedelta(seconds=5)  # after the moment by which its owner wants it rotated
 LONGEST_TTL = 3650 * 86_400.0
 
 
@@ -44,13 +45,18 @@ class Aws(Followed):
         from before, and changes nothing. One in which it is AWSPREVIOUS is news, also where the
         version that counts is an older one: its owner went back.
         """
+        if known.expires_at is not None and known.expires_at <= datetime.now(UTC):
+            return None  # as reading it will say
         foreseen = self._kept.account.foreseen(self._kept.secret)
         if foreseen is not None and foreseen.value.get("VersionId") == known.id:
-            later = known.reread_at is not None and known.reread_at > foreseen.asked_at
-            return known if later else replace(known, reread_at=None)
+            due = known.reread_at is not None and known.reread_at <= foreseen.asked_at
+            if not due:
+                return known
         standing = self._kept.describe()
         if standing.current == known.id:
-            return replace(known, reread_at=_reread_at(standing), written_at=standing.changed_at)
+            return replace(
+                known, reread_at=standing.reread_at, written_at=_later(standing, known.written_at)
+            )
         labels = standing.versions.get(known.id, ())
         behind = _before(standing.changed_at, known.written_at)
         return known if behind or (PENDING in labels and PREVIOUS not in labels) else None
@@ -59,17 +65,16 @@ class Aws(Followed):
         """Read the version that counts now."""
         del label  # a version has its writer's name
         answer = self._kept.account.foreseen(self._kept.secret)
-        standing = None
-        if answer is None:
-            standing = self._kept.describe()
+        standing = self._kept.describe()
+        if answer is None or answer.value.get("VersionId") != standing.current:
             answer = self._kept.read()
         secret, table = self._kept.take(answer)
         lease = Lease(
             str(answer.value.get("VersionId")),
             "aws",
             answer.asked_at,
-            written_at=None if standing is None else standing.changed_at,
-            reread_at=None if standing is None else _reread_at(standing),
+            written_at=standing.changed_at,
+            reread_at=standing.reread_at,
         )
         ends = self._ends(answer, table, written_at(answer))
         if ends is not None and ends <= answer.asked_at:
@@ -83,23 +88,24 @@ class Aws(Followed):
     def _ends(
         self, answer: Answer, table: Mapping[str, Any], written: datetime | None
     ) -> datetime | None:
-        """Read `expires_at`, or `ttl` since the version was made, beside the key."""
+        """Read `expires_at` and `ttl`, since the version was made, beside the key: the earlier."""
         expires_at, ttl = table.get("expires_at"), table.get("ttl")
+        ends = []
         if expires_at:
             try:
-                return read_time(expires_at)
-            except (ValueError, TypeError, OverflowError):
+                ends.append(read_time(expires_at))
+            except (ValueError, TypeError, OverflowError, AttributeError):
                 hint = "such as 2027-01-31T12:00:00Z"
                 raise self._kept.error("expires_at cannot be read", hint) from None
-        if not ttl or written is None:
-            return None
-        try:
-            return written - answer.skew + _length(ttl)
-        except (ValueError, OverflowError):
-            raise self._kept.error("ttl cannot be read", "seconds, or such as 12h") from None
+        if ttl and written is not None:
+            try:
+                ends.append(written - answer.skew + _length(ttl))
+            except (ValueError, OverflowError):
+                raise self._kept.error("ttl cannot be read", "seconds, or such as 12h") from None
+        return min(ends, default=None)
 
 
-def read_reference(reference: Reference, account: Account) -> Secret:
+def read_reference(reference: Reference, place: Place, held: Held) -> Secret:
     """
     Read the secret that `name#/field` names.
 
@@ -107,7 +113,7 @@ def read_reference(reference: Reference, account: Account) -> Secret:
         SourceError, ConfigError: It could not be read, or there is none.
     """
     name, _, field = str(reference.value).partition("#")
-    kept = Kept(account, name, field or None)
+    kept = Kept(Account.of(account_of(name, place), held), name, field or None)
     return kept.take(kept.read())[0]
 
 
@@ -119,8 +125,10 @@ def _length(ttl: Any) -> timedelta:
     return read_duration(ttl)
 
 
-def _reread_at(standing: Standing) -> datetime | None:
-    return None if standing.rotates_at is None else standing.rotates_at + ROTATED_BY
+def _later(standing: Standing, known: datetime | None) -> datetime | None:
+    """Return when a secret was changed last: an answer that is behind takes nothing back."""
+    changed = standing.changed_at
+    return known if changed is None or _before(changed, known) else changed
 
 
 def _before(moment: datetime | None, other: datetime | None) -> bool:
