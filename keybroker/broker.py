@@ -42,10 +42,22 @@ from keybroker.label import new_label
 from keybroker.logins import Logins
 from keybroker.pool import Answer
 from keybroker.rotation import Kind, Policy
-from keybroker.slots import Event, Key, Record, Slots, Trouble, change, fold, replay, without
+from keybroker.slots import (
+    Event,
+    Key,
+    Record,
+    Slots,
+    Trouble,
+    change,
+    end_of,
+    fold,
+    replay,
+    without,
+)
 from keybroker.values import dataclass, field, replace
 
 RENEWAL_SECONDS = 8.0  # of a session
+STORE_CALLS = 4  # the most that one step of publishing takes
 EXTRA_SECONDS = 4.0  # a worker's hard timer beyond its calls' own deadlines
 ASKED_AGAIN = timedelta(seconds=5)  # who asks in vain has a failed call tried again this early
 _NEVER = datetime.max.replace(tzinfo=UTC)
@@ -235,6 +247,11 @@ class Broker:
             return not slots.rotate and slots.next is None
         return slots.current is None or slots.current.refused_at is None
 
+    def published_at(self, name: str) -> str | None:
+        """Say where a profile's keys are put for others to read; None: nowhere."""
+        profile = self._profiles[name].profile
+        return None if profile is None or profile.publish is None else str(profile.publish.issuer)
+
     def rests(self, name: str) -> bool:
         """Say whether nothing is minted before somebody asks, since all was revoked."""
         return self._profiles[name].resting
@@ -277,6 +294,8 @@ class Broker:
                 fresh = _Profile(name, profile, profile.policy, Slots(), self._clock.read())
                 self._profiles[name] = fresh
             elif known.profile != profile:
+                if known.profile is not None and known.profile.publish != profile.publish:
+                    self._publish_elsewhere(known)
                 known.profile, known.policy = profile, profile.policy
                 known.slots = replace(known.slots, not_before=None, failures=0)
                 known.resting = known.patient = False
@@ -286,6 +305,13 @@ class Broker:
                 self._clean(at_work)
         self._logins.know(one.policy.issuer for one in self._profiles.values())
         self.replan()
+
+    def _publish_elsewhere(self, at_work: _Profile) -> None:
+        """What was begun at one place is not ended at another: there will be another key."""
+        at_work.absent.clear()
+        new = at_work.slots.next
+        if new is not None and new.base is not None:
+            at_work.slots = change(at_work.slots, replace(new, beaten=rotation.ELSEWHERE))
 
     def retry(self, *, by_hand: bool = False) -> None:
         """
@@ -566,7 +592,10 @@ class Broker:
                 if (one.not_before or now) <= now:
                     return rotation.Retire(one.label, at_work.ending)
                 put_off.append(one.not_before or now)
-            if not left:
+            if not left:  # a key that is to end at once does not wait for the next one
+                doomed = [k for k in slots.retired if k.why == at_work.ending and not k.failures]
+                if doomed:
+                    return rotation.Revoke(doomed[0].label)
                 at_work.ending = ""
         # A key whose secret is nowhere cannot be handed out: its readers get their hold.
         locked_away = False
@@ -725,7 +754,7 @@ class Broker:
                 step,
                 step.label,
                 "stage",
-                calls,
+                STORE_CALLS * calls,
                 profile=profile,
                 label=step.label,
                 credential=at_work.secrets[step.label],
@@ -755,21 +784,22 @@ class Broker:
         elif isinstance(step, rotation.Publish):
             key = _known(slots, step.label)
             again = key is slots.current  # to be sealed, now that it can be
+            base = None if again or not at_work.policy.publishes else key.base
             self._send(
                 at_work,
                 step,
                 step.label,
                 "publish",
-                calls,
+                calls if base is None else STORE_CALLS * calls,
                 profile=profile,
                 label=step.label,
                 credential=at_work.secrets[step.label],
                 verified=key.verified if again else _how_verified(key),
                 wrap_key=self._wrap_key,
                 anchor=at_work.anchor if again else self._anchor_of_new(at_work),
-                hold=None if again else _hold_of_current(at_work),
+                hold=None if again else _hold_of_old(at_work),
                 replaces="" if again or slots.current is None else slots.current.fingerprint,
-                base=None if again or not at_work.policy.publishes else key.base,
+                base=base,
             )
 
     def _retire(self, at_work: _Profile, step: rotation.Retire) -> None:
@@ -794,6 +824,8 @@ class Broker:
         out = key is at_work.slots.current or key.base is not None
         if out and not at_work.ending:  # it was handed out, or may have been read by others
             revoke_at += rotation.hold_of(key, at_work.policy)
+            if _may_be_read(at_work, key):
+                revoke_at = max(revoke_at, end_of(key))
         self._send(
             at_work,
             step,
@@ -951,7 +983,7 @@ class Broker:
             self._clear_doubt(at_work, label, verdict, now)
         elif isinstance(step, rotation.Publish) and ok.get("beaten"):
             at_work.slots = change(
-                at_work.slots, replace(_known(at_work.slots, label), beaten=True)
+                at_work.slots, replace(_known(at_work.slots, label), beaten=rotation.BEATEN)
             )
         elif isinstance(step, rotation.Publish):
             self._published(at_work, _known(at_work.slots, label))
@@ -994,6 +1026,7 @@ class Broker:
         if at_work.profile is None:
             kept = set()
         at_work.secrets = {k: v for k, v in at_work.secrets.items() if k in kept}
+        at_work.absent &= kept
 
     def _recovered(self, at_work: _Profile, key: Key, text: str | None) -> None:
         """A key whose secret was lost here was looked for where keys are published."""
@@ -1164,10 +1197,23 @@ def _how_verified(key: Key) -> str:
     return key.verdict.method if key.verdict.look is Look.ALIVE else key.verdict.look.value
 
 
-def _hold_of_current(at_work: _Profile) -> timedelta | None:
+def _hold_of_old(at_work: _Profile) -> timedelta | None:
     """How long readers of the key that is replaced may keep it."""
     current = at_work.slots.current
-    return None if current is None else rotation.hold_of(current, at_work.policy)
+    if current is not None:
+        return rotation.hold_of(current, at_work.policy)
+    return at_work.policy.hold if at_work.slots.retired else None
+
+
+def _may_be_read(at_work: _Profile, key: Key) -> bool:
+    """
+    Say whether a key may be what others read, until one of ours takes its place.
+
+    Not one that was seen not to be there, or that the gateway refuses.
+    """
+    begun = at_work.policy.publishes and key.base is not None
+    elsewhere = key.beaten or key.label in at_work.absent
+    return begun and not elsewhere and key.refused_at is None
 
 
 def _known(slots: Slots, label: str) -> Key:

@@ -611,19 +611,21 @@ class Daemon:
         slots = {name: broker.slots(name) for name in broker.names()}
         ours = [name for name, one in slots.items() if outcomes.ours(broker, name) or one.open]
         names = self._chosen(asked, ours)
-        counts = {name: outcomes.ours(broker, name) for name in names}
+        labels = {name: outcomes.ours(broker, name) for name in names}
         for name in names:
             profile = self._config.profiles.get(name)
-            if profile is not None and profile.kind is Kind.FOLLOWED and not counts[name]:
+            if profile is not None and profile.kind is Kind.FOLLOWED and not labels[name]:
                 raise outcomes.not_ours(name)
             broker.end(name, "revoked by request")
 
         def result(late: bool) -> list[dict[str, Any]] | None:
-            if not late and not all(outcomes.revoked_or_denied(broker, name) for name in names):
+            done = (outcomes.revoked_or_denied(broker, name, labels[name]) for name in names)
+            if not late and not all(done):
                 return None
             for name in names:
-                self._pool.send("cache", "forget", ACT_SECONDS, profile=name)
-            return [outcomes.revoked(broker, name, counts[name]) for name in names]
+                if broker.slots(name).current is None:  # or it is sealed already
+                    self._pool.send("cache", "forget", ACT_SECONDS, profile=name)
+            return [outcomes.revoked(broker, name, labels[name]) for name in names]
 
         return Job(client, result, time.monotonic() + ACT_SECONDS)
 

@@ -38,12 +38,13 @@ def rotated(broker: Broker, name: str, old: Key | None) -> dict[str, Any]:
         "replaced": old.fingerprint if old is not None and changed else None,
         "expires_at": None if ends is None else write_time(ends),
         "revokes_at": None if revokes is None else write_time(revokes),
+        "published": broker.published_at(name),
     }
 
 
-def ours(broker: Broker, name: str) -> int:
-    """Count the keys of a profile that are not gone and ours to revoke."""
-    return sum(key.lease.revocable for key in broker.slots(name).keys)
+def ours(broker: Broker, name: str) -> frozenset[str]:
+    """Return the labels of a profile's keys that are not gone and ours to revoke."""
+    return frozenset(key.label for key in broker.slots(name).keys if key.lease.revocable)
 
 
 def not_ours(name: str) -> KeybrokerError:
@@ -54,27 +55,32 @@ def not_ours(name: str) -> KeybrokerError:
     )
 
 
-def revoked_or_denied(broker: Broker, name: str) -> bool:
-    """Say whether trying again now would be no use: it is written down, and done later."""
+def revoked_or_denied(broker: Broker, name: str, labels: frozenset[str]) -> bool:
+    """
+    Say whether trying again now would be no use: it is written down, and done later.
+
+    Args:
+        labels: Of the keys that there were before; others may have been minted since.
+    """
     slots = broker.slots(name)
     denied = slots.trouble is not None and slots.trouble.code != SourceUnavailable.code
-    keys = [key for key in slots.keys if key.lease.revocable]
+    keys = [key for key in slots.keys if key.label in labels]
     looked = all(one.looks or one.failures for one in slots.open)
     tried = all(key.failures >= (1 if denied else TRIES) for key in keys)
     return looked and (not keys or tried)
 
 
-def revoked(broker: Broker, name: str, count: int) -> dict[str, Any]:
+def revoked(broker: Broker, name: str, labels: frozenset[str]) -> dict[str, Any]:
     """
     Return what a revocation did.
 
     Args:
-        count: How many keys there were before.
+        labels: Of the keys that there were before.
     """
-    left, trouble = ours(broker, name), broker.slots(name).trouble
+    left, trouble = len(ours(broker, name) & labels), broker.slots(name).trouble
     return {
         "profile": name,
-        "revoked": count - left,
+        "revoked": len(labels) - left,
         "left": left,
         "unsettled": broker.unsettled(name),
         "error": trouble.message if trouble else None,

@@ -20,6 +20,7 @@ SECOND_REFUSAL_AFTER = timedelta(seconds=1)
 LOOK_UPS = (timedelta(seconds=5), timedelta(seconds=60), timedelta(minutes=10), timedelta(hours=1))
 MOVED = "the profile names another source now"
 BEATEN = "another one was published first"
+ELSEWHERE = "keys are published elsewhere now"
 ENDED_AFTER = timedelta(minutes=1)  # its end, by a gateway whose clock is a little behind
 RETRY_MAX = timedelta(minutes=5)
 SETTLED = LOOK_UPS[1]  # looked up after this, an open label no longer counts as a live key
@@ -320,7 +321,7 @@ def _step_for_new(slots: Slots, new: Key, policy: Policy, now: datetime) -> tupl
     if not fits(new, policy):
         return new.not_before or now, Retire(new.label, MOVED)
     if new.beaten:
-        return new.not_before or now, Retire(new.label, BEATEN, bad=True)
+        return new.not_before or now, Retire(new.label, new.beaten, bad=True)
     expires = new.lease.expires_at
     if policy.kind.ours and expires is not None:
         # 2.5 and not 3: the answer came a moment after it was asked for.

@@ -32,12 +32,17 @@ class Event(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Record:
     """
-    One line of the journal. Only `wanted` carries an issuer, `have` and `renewed` a lease;
-    `why` of `staged` is the version that stood there before.
+    One line of the journal. Only `wanted` carries an issuer, `have` and `renewed` a lease.
 
         {"n":7,"at":"2026-11-21T15:45:51.123456Z","event":"wanted","profile":"work",
          "label":"kb-3f9a1c02-work-01k…","issuer":{"type":"litellm","url":"https://llm.example.com",
          "admin":{"keyring":"litellm-admin"}},"hold_s":900,"lifetime_s":43200,"prev":"9f1c…"}
+
+    `why` of `staged` is the version that stands where the key is published, and of which it is to
+    take the place; it is left out where nothing was ever written there.
+
+        {"n":9,"at":"2026-11-21T15:45:51.623456Z","event":"staged","profile":"work",
+         "label":"kb-3f9a1c02-work-01k…","why":"6d0f3c1e-…","prev":"77ab…"}
     """
 
     at: datetime
@@ -90,7 +95,7 @@ class Key:
     why: str = ""  # it was retired
     base: str | None = None  # the version that it is published in place of; None: not begun
     staged: bool = False  # it is where it can be found again
-    beaten: bool = False  # another one took the place of that version
+    beaten: str = ""  # why it cannot be published any more
     verified: str = ""  # the method that said so, or "unverified"
     verdict: Verdict | None = None
     looks: int = 0  # taken before it was published
@@ -158,7 +163,8 @@ def fold(slots: Slots, record: Record) -> Slots:
     Apply one record. Records that contradict what is known change nothing.
 
     A swap retires the key before it; a key that was never published when its process ended is
-    left as `next`, and `rotation` retires it, since its secret went with the process.
+    left as `next`, and `rotation` retires it, since its secret went with the process. One that
+    others may read by now is kept until its end, or for a hold after another was published.
     """
     if record.event is Event.WANTED and record.issuer is not None:
         if any(one.label == record.label for one in slots.all):
@@ -182,7 +188,7 @@ def fold(slots: Slots, record: Record) -> Slots:
         slots = _without_open(slots, record.label)
         retired = slots.retired
         if slots.next is not None:  # its process ended before it was published
-            until = record.at + (slots.next.hold if slots.next.base is not None else timedelta())
+            until = record.at if slots.next.base is None else end_of(slots.next)
             retired = (*retired, _retire(slots.next, until, "never handed out", record))
         return replace(slots, next=key, retired=retired, accepted_at=record.at)
     if record.event is Event.RENEWED and record.lease is not None:
@@ -250,6 +256,8 @@ def _swap(slots: Slots, record: Record) -> Slots:
     if slots.current is not None:
         revoke_at = record.revoke_at or record.at + slots.current.hold
         retired = (*retired, _retire(slots.current, revoke_at, REPLACED, record))
+    if new.base is not None:  # who reads what is published goes on to this one
+        retired = tuple(_read_no_more(key, record) for key in retired)
     current = replace(new, verified=record.why, failures=0, not_before=None)
     return replace(slots, current=current, retired=retired, rotate=False)
 
@@ -262,6 +270,18 @@ def _retired(slots: Slots, record: Record) -> Slots:
     retired = _retire(key, revoke_at, record.why, record)
     slots = without(slots, record.label)
     return replace(slots, retired=(*slots.retired, retired))
+
+
+def _read_no_more(key: Key, record: Record) -> Key:
+    revoke_at = record.revoke_at or record.at + key.hold
+    if key.base is None or key.revoke_at is None or key.revoke_at <= revoke_at:
+        return key
+    return _retire(key, revoke_at, key.why, record)
+
+
+def end_of(key: Key) -> datetime:
+    """Return when a key ends by itself, or would if its gateway ended any."""
+    return key.lease.expires_at or key.lease.issued_at + key.lifetime
 
 
 def _retire(key: Key, revoke_at: datetime, why: str, record: Record) -> Key:

@@ -61,6 +61,7 @@ def _row(broker: Broker, profile: Profile) -> dict[str, Any]:
         "issued_at": None,
         "expires_at": None,
         "survives_outage_s": 0.0,
+        "published": broker.published_at(profile.name),
         "trouble": None if trouble is None else trouble.message,
         "open": [_open(one, policy) for one in slots.open],
         "retired": [_key(k) for k in slots.retired],

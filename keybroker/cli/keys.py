@@ -223,7 +223,11 @@ def rotate_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
     if dry_run:
         Journal(state()).read()  # damaged, it would stop the real thing
         plan = [
-            {"profile": one.name, "mints_at": one.issuer.url if minted(one) else None}
+            {
+                "profile": one.name,
+                "mints_at": one.issuer.url if minted(one) else None,
+                "publishes_at": None if one.publish is None else str(one.publish.issuer),
+            }
             for one in chosen
         ]
         if as_json:
@@ -231,6 +235,8 @@ def rotate_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
             return
         for one in chosen:
             what = f"minted at {one.issuer.url}" if minted(one) else "read again"
+            if one.publish is not None:
+                what += f" and published at {one.publish.issuer}"
             print(f"{one.name}: a new key would be {what}")
         return
     names = [one.name for one in chosen]
@@ -290,6 +296,8 @@ def _say_rotated(result: dict[str, Any]) -> None:
         at = read_time(result["revokes_at"])
         line += f"; the old key is revoked at {on_the_clock(at)} (in {in_words(at - now)})"
     print(line)
+    if result.get("published"):  # a daemon of before says nothing of it
+        print(f"  published at {result['published']}")
 
 
 @click.command("revoke")
@@ -340,7 +348,9 @@ def revoke_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
             asked = wire.EVERY if every else chosen
             results = wire.control(socket, "revoke", ACT_SECONDS + 5, profiles=asked)
         else:
-            with owner() as lock, desk(config, lock=lock) as at:
+            named = [config.profiles[name] for name in chosen if name in config.profiles]
+            others = [one for one in named if one.publish is not None]  # read what is published
+            with owner() as lock, desk(config, lock=lock, mints=others) as at:
                 results = [_revoke(at, name) for name in chosen]
                 at.pool.close(at_once=True)  # what a gateway that hangs keeps us from is done again
     if as_json:
@@ -366,11 +376,15 @@ def _revoke(at: Desk, name: str) -> dict[str, Any]:
     broker = at.broker
     if name not in broker.names():
         return {"profile": name, "revoked": 0, "left": 0, "unsettled": 0, "error": None}
-    count = outcomes.ours(broker, name)
+    labels = outcomes.ours(broker, name)
     broker.end(name, "revoked by request")
-    drive(at, lambda: outcomes.revoked_or_denied(broker, name), ACT_SECONDS)
-    at.pool.call("cache", "forget", ACT_SECONDS, profile=name)
-    return outcomes.revoked(broker, name, count)
+    drive(at, lambda: outcomes.revoked_or_denied(broker, name, labels), ACT_SECONDS)
+    if broker.slots(name).current is None:  # or it is sealed already
+        at.pool.call("cache", "forget", ACT_SECONDS, profile=name)
+    result = outcomes.revoked(broker, name, labels)
+    if broker.published_at(name) is not None:
+        drive(at, lambda: broker.settled(name), ACT_SECONDS)
+    return result
 
 
 @click.command("sweep")

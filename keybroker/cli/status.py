@@ -258,6 +258,8 @@ def _print_details(row: dict[str, Any], found: dict[str, Any]) -> None:
     print(f"  kept by      {found['cache']}")
     for text in found.get("lost", ()):
         print(f"  cache        {text}")
+    if row["published"]:
+        print(f"  published    {row['published']}")
     if row["survives_outage_s"]:
         length = timedelta(seconds=row["survives_outage_s"])
         ends = on_the_clock(_time(row["expires_at"]))

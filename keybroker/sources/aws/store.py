@@ -15,11 +15,14 @@ from typing import Any
 
 from keybroker.config import Publish
 from keybroker.credential import Credential, Lease, Secret, sha256
+from keybroker.errors import SourceUnavailable
 from keybroker.journal import write_time
 from keybroker.sources.aws.account import Account
+from keybroker.sources.aws.refusals import Problem
 from keybroker.sources.aws.secret import CURRENT, MARKED, NOT_THERE, PENDING, Kept, pointed
 from keybroker.sources.held import Held
 
+BEHIND = Problem(SourceUnavailable, "answers with an older state", "it is asked again by itself")
 NOT_FROM_THERE = "InvalidParameterException"  # of a label that is somewhere else by now
 WRITTEN = "ResourceExistsException"  # of a version that is there; its other fields may differ
 
@@ -44,10 +47,14 @@ class AwsStore:
         put_pending(self._kept, token_of(label), credential)
 
     def recover(self, label: str) -> Secret | None:
+        """Read a version by its id, whether it bears a label or not."""
         kept, version = self._kept, token_of(label)
         answer = kept.account.ask(
             "GetSecretValue", kept.secret, but=(NOT_THERE, MARKED), VersionId=version
         )
+        if answer.code == MARKED:  # which says nothing of what is there
+            kept.describe()
+            raise kept.error("cannot be read as it stands")
         return None if answer.code else kept.take(answer)[0]
 
     def promote(self, label: str, credential: Credential, base: str) -> bool:
@@ -83,21 +90,24 @@ def move_current(kept: Kept, version: str, base: str) -> bool:
     The service checks that itself, as it moves the label: of two, one is the first.
     """
     standing = kept.describe()
-    if standing.current == version:
-        return True
-    if standing.current != base:
+    if standing.current not in (version, base):
         return False
-    given = {"RemoveFromVersionId": base} if base else {}
-    answer = kept.account.ask(
-        "UpdateSecretVersionStage",
-        kept.secret,
-        but=(NOT_FROM_THERE,),
-        VersionStage=CURRENT,
-        MoveToVersionId=version,
-        **given,
-    )
-    if answer.code:
-        return kept.describe().current == version
+    if standing.current != version:
+        given = {"RemoveFromVersionId": base} if base else {}
+        answer = kept.account.ask(
+            "UpdateSecretVersionStage",
+            kept.secret,
+            but=(NOT_FROM_THERE, NOT_THERE),
+            VersionStage=CURRENT,
+            MoveToVersionId=version,
+            **given,
+        )
+        if answer.code:
+            standing = kept.describe()
+            if standing.current == base and answer.code == NOT_FROM_THERE:
+                raise kept.account.error(kept.secret, BEHIND)
+            if standing.current != version:
+                return False
     if PENDING in standing.versions.get(version, ()):
         take_off_pending(kept, version)
     return True

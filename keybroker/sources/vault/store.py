@@ -12,6 +12,7 @@ from typing import Any
 
 from keybroker.config import Publish
 from keybroker.credential import Credential, Secret
+from keybroker.errors import SourceUnavailable
 from keybroker.journal import write_time
 from keybroker.sources.held import Held
 from keybroker.sources.http import Reply
@@ -54,19 +55,25 @@ class VaultStore:
         return self._place.secret(self._path, self._field, data)
 
     def promote(self, label: str, credential: Credential, base: str) -> bool:
+        """Write a version with the key and its label, if it follows on `base`."""
         version, data = self._read()
         if data.get(LABEL) == label:
             return True
         if version != base:
+            self._check_newer(version, base)
             return False
         fields = {name: value for name, value in data.items() if name != "ttl"}
         ends = credential.lease.expires_at
         fields |= {self._field: credential.secret.reveal(), LABEL: label}
         fields["expires_at"] = "" if ends is None else write_time(ends)
         body = {"data": fields, "options": {"cas": int(base)}}
-        reply = self._ask("update", lambda client: client.write_data(self._path, data=body))
+        capability = "create" if base == "0" else "update"
+        reply = self._ask(capability, lambda client: client.write_data(self._path, data=body))
         if reply.status == 400 and NOT_FIRST.search(said(reply)):
-            return self._read()[1].get(LABEL) == label
+            version, data = self._read()
+            if data.get(LABEL) != label:
+                self._check_newer(version, base, than_it=True)
+            return data.get(LABEL) == label
         if reply.status >= 300:
             raise self._place.invalid(self._path, f"will not be written ({reply.status})")
         return True
@@ -88,6 +95,19 @@ class VaultStore:
         if isinstance(version, bool) or not isinstance(version, int):
             raise self._place.invalid(self._path, "answers, but not as KV 2 does")
         return str(version), data if isinstance(data, dict) else {}
+
+    def _check_newer(self, version: str, base: str, *, than_it: bool = False) -> None:
+        """
+        Check that an answer is not older than what is known to have been there.
+
+        Raises:
+            SourceUnavailable: A standby answers that is behind, so nothing is known.
+        """
+        if base.isdigit() and (int(version) < int(base) or (than_it and version == base)):
+            raise SourceUnavailable(
+                f"{self._place.who}: {self._path}: an older version was answered",
+                hint="by a standby that is behind; it is asked again",
+            )
 
     def _ask(self, capability: str, call: Any) -> Reply:
         self._place.server.begin()
