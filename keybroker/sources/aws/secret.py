@@ -23,6 +23,7 @@ OVERDUE = timedelta(hours=1)  # so long a rotation is awaited, less and less oft
 CURRENT, PREVIOUS, PENDING = "AWSCURRENT", "AWSPREVIOUS", "AWSPENDING"
 NOT_THERE, MARKED = "ResourceNotFoundException", "InvalidRequestException"
 LEAST_HINT = "see field"
+LONGEST_SHOWN = 60  # of a field's name
 INDEX = re.compile(r"0|[1-9][0-9]{0,8}")  # RFC 6901: no leading zeros
 
 
@@ -94,9 +95,8 @@ class Kept:
     def missing(self, answer: Answer) -> KeybrokerError:
         """Return what to say of a secret, or a version of it, that is not there."""
         if "staging label" in answer.message.lower() or "version" in answer.message.lower():
-            return self.error(
-                "has no value yet", "aws secretsmanager put-secret-value …", withdrawn=True
-            )
+            hint = "aws secretsmanager put-secret-value …"
+            return self.error("has no value yet", hint, withdrawn=True)
         hint = "see secret, region and profile; aws secretsmanager list-secrets"
         return self.error("there is no such secret", hint, withdrawn=True)
 
@@ -113,15 +113,16 @@ class Kept:
                 raise self.error("its value is JSON", 'name the field in it: field = "/…"')
             return self._key(text, "its value"), {}
         table = self.table(text)
+        shown = self.field if len(self.field) <= LONGEST_SHOWN else self.field[:LONGEST_SHOWN] + "…"
         *above, last = pointed(self.field)
         inner: Any = table
         for name in above:
             inner = _member(inner, name)
         found = _member(inner, last)
         if found is None:
-            raise self.error(f"has no field {self.field}", LEAST_HINT)
+            raise self.error(f"has no field {shown}", LEAST_HINT)
         beside = inner if isinstance(inner, dict) else {}
-        return self._key(found, f"field {self.field}"), beside
+        return self._key(found, f"field {shown}"), beside
 
     def text(self, answer: Answer) -> str:
         """Return a value as text, also of one that was stored as bytes."""
