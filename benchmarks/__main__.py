@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import bench_agent, bench_daemon, bench_get, bench_helper, bench_memory
+from benchmarks import bench_agent, bench_aws, bench_daemon, bench_get, bench_helper, bench_memory
 from benchmarks.measure import Figure, UnmeasurableError, insert, save, table
 from benchmarks.programs import compile_parts
 from tests.servers.processes import StartError
@@ -30,6 +30,7 @@ BENCHMARKS = {
     "memory": bench_memory.measure,
     "get": bench_get.measure,
     "agent": bench_agent.measure,
+    "aws": bench_aws.measure,
 }
 
 

@@ -14,6 +14,7 @@ from benchmarks.beside import desk, follow
 from benchmarks.measure import Figure, UnmeasurableError, interleaved, ratio
 from benchmarks.stage import Server, children, daemon, furnish, mints, resident, wake_ups
 from keybroker.devgateway import DevGateway
+from tests.servers.aws import Aws
 from tests.servers.processes import wait_until
 
 SLEEPS = (sys.executable, "-IS", "-c", "print(flush=True); import signal; signal.pause()")
@@ -21,6 +22,14 @@ ROUNDS = 3
 EACH_KIND = 4
 REFRESHES = 100
 MANY = 1000
+AWS = """\
+[profiles.{name}]
+base_url = "{url}"
+[profiles.{name}.source]
+type = "aws"
+secret = "llm/key"
+poll = "500ms"
+"""
 IDLE_SECONDS = 60
 PATIENCE_SECONDS = 120.0
 
@@ -37,8 +46,9 @@ def _after_refreshes(folder: Path) -> Iterator[Figure]:
 
     def ours() -> float:
         names = [f"vault-{each}" for each in range(EACH_KIND)]
-        with desk(names) as at:
+        with desk(names) as at, Aws() as aws:
             gateway = at.gateway
+            aws.put("llm/key", gateway.master_key)
             home = furnish(
                 folder / f"often{next(number)}",
                 gateway.url,
@@ -50,6 +60,11 @@ def _after_refreshes(folder: Path) -> Iterator[Figure]:
             )
             follow(home.path, at, names, "500ms")
             home.profiles += names
+            with (home.path / "config.toml").open("a") as file:
+                for each in range(EACH_KIND):
+                    home.profiles.append(f"aws-{each}")
+                    file.write(AWS.format(name=home.profiles[-1], url=gateway.url))
+            home.variables = aws.environment(aws.root)
             with daemon(home) as server:
                 if not wait_until(lambda: mints(gateway) >= REFRESHES, PATIENCE_SECONDS):
                     raise UnmeasurableError(f"{mints(gateway)} keys minted, {REFRESHES} wanted")

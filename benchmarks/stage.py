@@ -73,11 +73,13 @@ class Home:
     Attributes:
         key: What the profile `work` has, 100 bytes.
         profiles: Their names, `work` first.
+        variables: Of programs in it, beside those of every home.
     """
 
     path: Path
     key: str = field(default_factory=lambda: f"sk-{secrets.token_hex(49)[:97]}")
     profiles: list[str] = field(default_factory=lambda: ["work"])
+    variables: dict[str, str] = field(default_factory=dict)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -88,6 +90,7 @@ class Home:
             "XDG_STATE_HOME": str(self.path / "state"),
             "XDG_RUNTIME_DIR": str(self.path / "run"),
             "KEYBROKER_CONFIG": str(self.path / "config.toml"),
+            **self.variables,
         }
 
     @property

@@ -137,9 +137,9 @@ class Daemon:
             self._stranger,
         )
         self._seen_package = _content(PACKAGE)
-        self._seen_files = _states(self._config_files)
-        self._seen_keys = _states(self._credential_files())
-        self._seen_guidance = _states(self._guidance_files())
+        self._seen_files = document.states(self._config_files)
+        self._seen_keys = document.states(self._credential_files())
+        self._seen_guidance = document.states(self._guidance_files())
         self._origin = ""
         self._opening: int | None = None  # the request that opens the cache
         self._opens = 0  # times that it had to be sent again
@@ -400,7 +400,7 @@ class Daemon:
 
     def _look_at_files(self) -> None:
         """Read what is new: configuration, credentials. Listen anew where the socket is gone."""
-        files, keys = _states(self._config_files), _states(self._credential_files())
+        files, keys = document.states(self._config_files), document.states(self._credential_files())
         if _content(PACKAGE) not in (self._seen_package, None) and self._ends_at is None:
             self._log.say("info", "keybroker was replaced; the next ask starts the new one")
             self._begin_to_end()
@@ -411,7 +411,7 @@ class Daemon:
             self._seen_keys = keys
             if self._broker is not None:
                 self._broker.retry()
-        if self._seen_guidance != _states(self._guidance_files()):
+        if self._seen_guidance != document.states(self._guidance_files()):
             self._mend_at = min(self._mend_at, time.monotonic() + MEND_SECONDS)
         if not self._begun.inherited and self._ends_at is None and not os.path.exists(self._path):
             self._listen_again()
@@ -527,7 +527,7 @@ class Daemon:
         except OSError as error:
             text = f"guidance cannot be written ({error.strerror})"
             self._log.once("warning", text, about="guidance")
-        self._seen_guidance = _states(self._guidance_files())
+        self._seen_guidance = document.states(self._guidance_files())
 
     def _guidance_files(self) -> list[Path]:
         folder = Path(self._path).parent
@@ -688,19 +688,6 @@ class Daemon:
 
 
 NOT_TOLD = "sessions that watch it take a new key at their next refresh, or after one 401"
-
-
-def _states(files: Iterable[Path]) -> dict[Path, tuple[int, int, int] | None]:
-    """Return by what each file would be another: None for one that is not there."""
-    states: dict[Path, tuple[int, int, int] | None] = {}
-    for file in files:
-        try:
-            found = os.stat(file)
-        except OSError:
-            states[file] = None
-        else:
-            states[file] = (found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
-    return states
 
 
 def _standing(folder: Path) -> Path:

@@ -222,6 +222,39 @@ class _Later(types.ModuleType):
         return getattr(__import__(self.__name__), name)
 
 
+class _Words(types.ModuleType):
+    """
+    `typing`, of which all but annotations can be done without: half a megabyte.
+
+    Who wants more of it, as the reader of TOML does, has the real one until it is forgotten.
+    """
+
+    TYPE_CHECKING = False
+    Any = NoReturn = Protocol = object
+
+    @staticmethod
+    def TypeVar(name: str) -> object:  # noqa: N802, it stands in for a class
+        del name
+        return object
+
+    def forget(self) -> None:
+        """Let go of the real one."""
+        if self.__dict__.pop("real", None) is not None:
+            for name in [one for one in sys.modules if one.startswith(f"{self.__name__}.")]:
+                del sys.modules[name]
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):  # of the import itself
+            raise AttributeError(name)
+        if "real" not in self.__dict__:
+            del sys.modules[self.__name__]
+            try:
+                self.__dict__["real"] = __import__(self.__name__)
+            finally:
+                sys.modules[self.__name__] = self
+        return getattr(self.__dict__["real"], name)
+
+
 def main() -> None:
     """Run as the daemon: STATE SOCKET FORMAT, as `starting.command` writes it."""
     state, path, log = sys.argv[1:]
@@ -237,6 +270,14 @@ def main() -> None:
         )
         sys.exit(69)
     sys.modules["ipaddress"] = _Later("ipaddress")
+    sys.modules["typing"] = _Words("typing")
+    from contextlib import suppress
+
+    from keybroker import document, paths
+    from keybroker.errors import ConfigError
+
+    with suppress(ConfigError):  # it is said when they are read once more
+        document.read_ahead(paths.config_files(os.environ))
     from keybroker.daemon import run
 
     sys.exit(run(begun, state, path, log))

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from keybroker import document
 from keybroker.document import LARGEST_FILE, Where, key_lines, read
 from keybroker.errors import ConfigError
 
@@ -362,3 +363,17 @@ def test_every_key_of_every_document_is_found(values: dict[str, Any], data: st.D
     assert set(paths(values)) == set(writer.places)
     assert set(paths(tomllib.loads(text))) == set(writer.places)
     assert key_lines(text) == writer.places
+
+
+def test_what_was_read_ahead_is_read_once(tmp_path: Path) -> None:
+    """It is the same as without; a file that was written since is read anew."""
+    file = tmp_path / "config.toml"
+    file.write_text('default = "work"\n')
+    document.read_ahead([file])
+    [known] = [one for _, one in document._ahead.values()]
+    assert document.read([file]) is known
+    assert document._ahead == {}
+    assert document.read([file]) is not known
+    document.read_ahead([file])
+    file.write_text('default = "other"\n')
+    assert document.read([file]).tables == {"default": "other"}

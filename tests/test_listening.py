@@ -575,3 +575,24 @@ def test_nobody_answers_where_nobody_listens(tmp_path: Path) -> None:
         listener.listen()
         assert listening.answers(str(path))
     assert not listening.answers(str(path))
+
+
+def test_a_daemon_does_without_what_only_annotations_want() -> None:
+    """`typing` is half a megabyte; who needs more of it has the real one until it is forgotten."""
+    program = """
+import sys
+from keybroker import listening
+sys.modules["typing"] = words = listening._Words("typing")
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
+assert "real" not in vars(words), "nobody needed it"
+from typing import NamedTuple
+assert NamedTuple("Pair", [("one", int)])(1).one == 1
+assert vars(words)["real"] is not words
+words.forget()
+assert "real" not in vars(words)
+assert [name for name in sys.modules if name.startswith("typing")] == ["typing"]
+assert sys.modules["typing"] is words
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.returncode == 0
