@@ -225,7 +225,7 @@ CODES: dict[str, Problem] = {
     "InvalidSignatureException": _SIGNATURE,
     "SignatureDoesNotMatch": _SIGNATURE,
     "IncompleteSignature": _SIGNATURE,
-    "OptInRequired": Problem(SourceDenied, "the account may not use this service", "see region"),
+    "OptInRequired": Problem(SourceDenied, "the account is not signed up for this service", "see region"),
     "InvalidIdentityToken": Problem(
         SourceDenied, "the web identity token was refused", "see AWS_WEB_IDENTITY_TOKEN_FILE"
     ),
