@@ -261,11 +261,8 @@ class Account:
                 core, cache=self._kept, region_name=session.region_name
             )
             core.register_component("credential_provider", chain)
-            client = session.client("secretsmanager")
         except (*STUMBLES, OSError) as error:
-            if isinstance(error, problems.BotoCoreError):
-                raise
-            raise self.error("", UNUSABLE) from None
+            raise self._unusable(error) from None
         try:
             found = core.get_credentials()
             if found is None:
@@ -277,8 +274,15 @@ class Account:
             if isinstance(error, problems.BotoCoreError):
                 raise
             raise problems.CredentialRetrievalError(provider=self._way(), error_msg="") from None
-        self._client = client
-        return client
+        try:
+            self._client = session.client("secretsmanager")
+        except (*STUMBLES, OSError) as error:
+            raise self._unusable(error) from None
+        return self._client
+
+    def _unusable(self, error: Exception) -> Exception:
+        """Return what to raise when botocore stumbles over a value that a file or variable has."""
+        return error if isinstance(error, problems.BotoCoreError) else self.error("", UNUSABLE)
 
     def _named_profile(self) -> str | None:
         """
@@ -295,6 +299,8 @@ class Account:
         settings = self._settings()
         if "credential_process" in settings:
             return "custom-process"
+        if "sso_session" in settings or "sso_start_url" in settings:
+            return "sso"
         variable = "AWS_WEB_IDENTITY_TOKEN_FILE"
         if "web_identity_token_file" in settings or variable in os.environ:
             return "assume-role-with-web-identity"
@@ -454,7 +460,10 @@ class _Kept(MutableMapping[str, Any]):
         secret = self._held.get(self._name).secret
         if secret is None:
             return {}
-        found = json.loads(b64decode(secret.reveal()))
+        try:
+            found = json.loads(b64decode(secret.reveal()))
+        except ValueError:  # of another version
+            return {}
         return found if isinstance(found, dict) else {}
 
 

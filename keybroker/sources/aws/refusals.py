@@ -190,6 +190,7 @@ PROVIDERS: dict[str, Problem] = {
         "the credentials of its container could not be had",
         "see AWS_CONTAINER_CREDENTIALS_FULL_URI",
     ),
+    "sso": Problem(SourceDenied, "its sign-in cannot be used", SIGN_IN),
     "assume-role-with-web-identity": Problem(
         ConfigError, "its web identity token cannot be read", "see AWS_WEB_IDENTITY_TOKEN_FILE"
     ),
@@ -225,7 +226,9 @@ CODES: dict[str, Problem] = {
     "InvalidSignatureException": _SIGNATURE,
     "SignatureDoesNotMatch": _SIGNATURE,
     "IncompleteSignature": _SIGNATURE,
-    "OptInRequired": Problem(SourceDenied, "the account is not signed up for this service", "see region"),
+    "OptInRequired": Problem(
+        SourceDenied, "the account is not signed up for this service", "see region"
+    ),
     "InvalidIdentityToken": Problem(
         SourceDenied, "the web identity token was refused", "see AWS_WEB_IDENTITY_TOKEN_FILE"
     ),
