@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from keybroker import rotation
 from keybroker.clock import DISAGREEMENT, Clock, Instant, Reading, by_boot, earlier, judge
-from keybroker.config import Profile
+from keybroker.config import Profile, Publish
 from keybroker.credential import (
     Credential,
     Issuer,
@@ -295,7 +295,7 @@ class Broker:
                 self._profiles[name] = fresh
             elif known.profile != profile:
                 if known.profile is not None and known.profile.publish != profile.publish:
-                    self._publish_elsewhere(known)
+                    self._publish_elsewhere(known, profile.publish)
                 known.profile, known.policy = profile, profile.policy
                 known.slots = replace(known.slots, not_before=None, failures=0)
                 known.resting = known.patient = False
@@ -306,10 +306,12 @@ class Broker:
         self._logins.know(one.policy.issuer for one in self._profiles.values())
         self.replan()
 
-    def _publish_elsewhere(self, at_work: _Profile) -> None:
-        """What was begun at one place is not ended at another: there will be another key."""
+    def _publish_elsewhere(self, at_work: _Profile, publish: Publish | None) -> None:
+        """What was begun at one place is not ended at another: there is another key, soon."""
         at_work.absent.clear()
         new = at_work.slots.next
+        if publish is not None and at_work.slots.current is not None:
+            at_work.slots = rotation.hurried(at_work.slots)
         if new is not None and new.base is not None:
             at_work.slots = change(at_work.slots, replace(new, beaten=rotation.ELSEWHERE))
 

@@ -381,7 +381,8 @@ def _replacement(slots: Slots, policy: Policy, now: datetime) -> Iterator[tuple[
     wanted: datetime | None = now
     if not (slots.rotate or not usable(current, policy, now)):
         assert current is not None
-        if current.refused_at is None:
+        unpublished = policy.publishes and current.base is None  # others have none yet
+        if current.refused_at is None and not unpublished:
             wanted = stale_at(current, policy)
     if policy.kind is Kind.FOLLOWED:
         if slots.polled_at is not None:

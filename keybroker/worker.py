@@ -98,6 +98,7 @@ class Operations:
     disk: Disk = field(default_factory=Disk)
     build: Callable[[Profile, Mapping[str, str], Held], sources.Source] = sources.build
     revoker: Callable[[Issuer, Mapping[str, str], float, Held], sources.Source] = sources.revoker
+    store: Callable[[Profile, Mapping[str, str], Held], sources.Store] = sources.store
     records: list[Record] = field(default_factory=list)
     held: Held = field(default_factory=Held)
     _opened: dict[str, Any] = field(default_factory=dict)  # what has a `close`
@@ -424,7 +425,7 @@ class Operations:
 
     def _store(self, profile: Profile) -> sources.Store:
         key = json.dumps(["publish", profile.name, profile.raw], sort_keys=True)
-        return self._open(key, lambda: sources.store(profile, self.environment, self.held))
+        return self._open(key, lambda: self.store(profile, self.environment, self.held))
 
     def _revoker(self, issuer: Issuer, timeout: timedelta) -> sources.Source:
         seconds = timeout.total_seconds()

@@ -205,6 +205,131 @@ def test_clock_steps_and_reboots_cost_no_key(
     check_settled(made)
 
 
+# The same with a profile whose keys are published where other hosts read them.
+
+ON_A_SHELF = st.one_of(
+    st.tuples(
+        st.just("shelf"), st.lists(st.sampled_from(["ok", "down", "drop", "beaten"]), max_size=6)
+    ),
+    st.tuples(st.just("overtaken"), st.none()),
+    st.tuples(st.just("shelf is out"), st.sampled_from([10.0, 400.0, HOUR, 3 * HOUR])),
+    st.tuples(st.just("nothing to go on with"), st.sampled_from([1.0, 700.0, HOUR])),
+)
+PUBLISHING = st.lists(st.one_of(OPERATIONS, ON_A_SHELF), max_size=14)
+
+
+def publishing(
+    made: World, chance: Random | None = None, *, beside: bool = True, lifetime: str = "2h"
+) -> None:
+    """Go on with a profile that publishes."""
+    made.beside = beside
+    made.profile = profile(publish="one", lifetime=lifetime)
+    made.start()
+    patch(made, chance)
+
+
+def live_and_publish(made: World, what: str, value: object) -> None:
+    """Let one thing happen to a host or to where its keys are published."""
+    shelf = made.shelf() if made.profile.publish is not None else None
+    if shelf is None:
+        pass
+    elif what == "shelf":
+        shelf.plan.extend(value)  # type: ignore[arg-type]
+    elif what == "overtaken":
+        shelf.overtake()
+    elif what == "shelf is out":
+        shelf.out = True
+        made.ask()
+        made.run(value)  # type: ignore[arg-type]
+        shelf.out = False
+    elif what == "nothing to go on with":  # the cache is lost, and what is published out of reach
+        shelf.out = True
+        live(made, "lose cache", None)
+        made.run(value)  # type: ignore[arg-type]
+        shelf.out = False
+    live(made, what, value)
+
+
+def check_others(made: World) -> None:
+    """No key is revoked within a hold of the last time that others may have read it."""
+    hold = made.profile.hold.total_seconds()
+    for shelf in made.shelves.values():
+        for one in shelf.tenures:
+            key = made.gateway.keys.get(one.secret)
+            if key is None or key.revoked is None or key.revoked >= key.ends or one.abandoned:
+                continue
+            assert one.until is not None, "the key that others read was revoked"
+            assert key.revoked >= one.until + hold, "a key was revoked within others' hold"
+
+
+def check_published(made: World) -> None:
+    """In the end others read the key that is handed out here."""
+    shelf = made.shelf()
+    shelf.plan.clear()
+    check_settled(made)
+    before = made.slots.current
+    made.broker.hurry("work")
+    made.run(60)
+    current = made.slots.current
+    assert current is not None
+    assert before is not None
+    assert current.label != before.label
+    assert made.ask() == shelf.text
+    [key] = [one for one in made.gateway.alive() if one.secret == shelf.text]
+    assert key.label == current.label
+
+
+@COMMON
+@given(
+    PUBLISHING,
+    st.integers(0, 2**32).map(Random),
+    st.booleans(),
+    st.sampled_from(["2h", "46m", "45m"]),
+)
+def test_promises_hold_for_those_who_read_what_is_published(
+    events: list[tuple[str, object]], chance: Random, beside: bool, lifetime: str
+) -> None:
+    """Promises 1, 3 and 4 for readers here and elsewhere, whatever happens."""
+    made = world(chance=chance)
+    publishing(made, chance, beside=beside, lifetime=lifetime)
+    for what, value in events:
+        live_and_publish(made, what, value)
+    assert made.most_alive <= made.profile.max_live
+    made.gateway.plan.clear()
+    made.crash_at = None
+    check_published(made)
+    check_readers(made)
+    check_others(made)
+    check_spacing(made)
+    check_none_forgotten(made)
+
+
+@COMMON
+@given(
+    st.lists(st.one_of(OPERATIONS, ON_A_SHELF, CLOCKS), max_size=12),
+    st.integers(0, 2**32).map(Random),
+    st.booleans(),
+)
+def test_clocks_cost_no_key_that_is_published(
+    events: list[tuple[str, object]], chance: Random, beside: bool
+) -> None:
+    """However they are set: no key is forgotten, and others' holds count by the earlier clock."""
+    made = world(chance=chance)
+    publishing(made, chance, beside=beside)
+    for what, value in events:
+        live_and_publish(made, what, value)
+    assert made.most_alive <= made.profile.max_live
+    check_none_forgotten(made)
+    if not any(what == "reboot" for what, _ in events):
+        check_readers(made)
+        check_others(made)
+    made.gateway.plan.clear()
+    made.crash_at = None
+    made.time.error = 0.0
+    made.start()
+    check_published(made)
+
+
 def test_an_outage_costs_nothing_until_the_key_ends() -> None:
     """A failing source: the current key is handed out until its very end, then none is."""
     made = world()
@@ -499,3 +624,72 @@ def test_a_clock_that_is_set_right_puts_nothing_off(seconds: float) -> None:
     made.run(2)
     assert made.ask() is not None
     check_none_forgotten(made)
+
+
+ELSEWHERE = st.tuples(st.just("publish"), st.sampled_from(["one", "two", None]))
+
+
+@COMMON
+@given(st.lists(st.one_of(DAEMON, ON_A_SHELF, ELSEWHERE), max_size=12), CHANCE, st.booleans())
+def test_promises_hold_for_a_daemon_that_publishes(
+    events: list[tuple[str, object]], chance: Random, beside: bool
+) -> None:
+    """Its publish table may change or go while a key is on its way there."""
+    made = daemon(chance)
+    publishing(made, chance, beside=beside)
+    for what, value in events:
+        if what == "publish":
+            if made.profile.publish is not None:
+                made.shelf().abandon()
+            made.profile = profile(publish=value)  # type: ignore[arg-type]
+            made.broker.configure([made.profile])
+        elif what == "configure":
+            name = made.profile.publish
+            there = None if name is None else str(name.settings["secret"])
+            made.profile = profile(hold=str(value), publish=there)
+            made.broker.configure([made.profile])
+        elif what in ("shelf", "overtaken", "shelf is out", "nothing to go on with"):
+            live_and_publish(made, what, value)
+        else:
+            tell(made, what, value)
+    made.gateway.plan.clear()
+    made.crash_at = None
+    if not made.keyring:
+        made.unlock()
+    if made.profile.publish is not None and "one" in made.shelves:
+        if made.shelf() is not made.shelves["one"]:
+            made.shelf().abandon()
+    made.profile = profile(publish="one")
+    made.broker.configure([made.profile])
+    made.turn()
+    assert made.overslept == []
+    assert made.most_alive <= made.profile.max_live
+    made.set_clock(-made.time.error)
+    made.ask()
+    check_published(made)
+    check_none_forgotten(made)
+    if not any(what == "reboot" or value == "20m" for what, value in events):
+        check_readers(made)
+        check_others(made)
+
+
+@COMMON
+@given(HISTORY, CHANCE, st.booleans())
+def test_the_end_of_what_is_published_is_the_beginning_of_the_next(
+    events: list[tuple[str, object]], chance: Random, beside: bool
+) -> None:
+    """All that was is revoked at once, and others have a new key though nobody asks here."""
+    made = daemon(chance)
+    publishing(made, chance, beside=beside)
+    told(made, [(what, value) for what, value in events if what != "configure"])
+    made.shelf().plan.clear()
+    made.set_clock(-made.time.error)
+    made.ask()
+    made.run(60)
+    old = {key.label for key in made.gateway.alive()}
+    made.broker.end("work", "revoked by request")
+    made.run(5)
+    [new] = made.gateway.alive()
+    assert new.label not in old
+    assert made.shelf().text == new.secret
+    assert made.ask() == new.secret

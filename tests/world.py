@@ -18,7 +18,7 @@ from keybroker.clock import Clock, Instant
 from keybroker.config import Profile, read_profile
 from keybroker.credential import Credential, Lease, Look, Secret, Verdict, sha256
 from keybroker.document import Where
-from keybroker.errors import SourceUnavailable
+from keybroker.errors import SourceInvalid, SourceUnavailable
 from keybroker.handout import Sealed
 from keybroker.journal import Journal
 from keybroker.paths import Disk
@@ -245,13 +245,126 @@ class InProcess:
         return answers
 
 
-def profile(name: str = "work", hold: str = "15m", **source: Any) -> Profile:
-    raw = {
+@dataclass
+class Tenure:
+    """One key's time as the one that readers of a shelf find."""
+
+    secret: str
+    since: float
+    until: float | None = None
+    abandoned: bool = False  # its profile publishes elsewhere, or not at all
+
+
+@dataclass
+class Shelf:
+    """
+    Where keys are published, in memory. `plan` names what the next calls do; then all is well.
+
+    ok, down (nothing was done), drop (done, no answer), beaten (another host publishes just before)
+
+    Attributes:
+        beside: A key can be put there before it is what others read, as AWS has it; not so Vault.
+        versions: By their ids: label and text.
+        tenures: What was read there, in order; others' keys among them.
+    """
+
+    time: Time
+    beside: bool = True
+    versions: dict[str, tuple[str, str]] = field(default_factory=dict)
+    current: str = ""
+    tenures: list[Tenure] = field(default_factory=list)
+    plan: list[str] = field(default_factory=list)
+    out: bool = False
+    calls: list[tuple[float, str]] = field(default_factory=list)
+
+    @property
+    def text(self) -> str | None:
+        return self.tenures[-1].secret if self.tenures else None
+
+    def put(self, version: str, label: str, text: str) -> None:
+        """Make a key the one that is read."""
+        if self.tenures:
+            self.tenures[-1].until = self.time.true
+        self.versions[version] = label, text
+        self.current = version
+        self.tenures.append(Tenure(text, self.time.true))
+
+    def overtake(self) -> None:
+        """Have another host publish a key of its own."""
+        number = len(self.tenures) + 1
+        self.put(f"other-{number}" if self.beside else str(number), "other", f"sk-other-{number}")
+
+    def abandon(self) -> None:
+        """Nobody publishes here any more; who still reads here was left behind."""
+        if self.tenures:
+            self.tenures[-1].abandoned = True
+
+
+class ShelfStore:
+    """The adapter for it."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        self._shelf = shelf
+
+    def standing(self) -> str:
+        with self._call("standing"):
+            return self._shelf.current if self._shelf.beside else str(len(self._shelf.tenures))
+
+    def stage(self, label: str, credential: Credential) -> None:
+        if self._shelf.beside:
+            with self._call("stage"):
+                self._shelf.versions.setdefault(label, (label, credential.secret.reveal()))
+
+    def recover(self, label: str) -> Secret | None:
+        shelf = self._shelf
+        with self._call("recover"):
+            found = shelf.versions.get(label if shelf.beside else shelf.current)
+            return Secret(found[1]) if found is not None and found[0] == label else None
+
+    def promote(self, label: str, credential: Credential, base: str) -> bool:
+        shelf = self._shelf
+        with self._call("promote"):
+            standing = shelf.current if shelf.beside else str(len(shelf.tenures))
+            if shelf.tenures and shelf.versions[shelf.current][0] == label:
+                return True
+            if standing != base:
+                return False
+            if shelf.beside and label not in shelf.versions:
+                raise SourceInvalid("shelf: there is no such version")
+            version = label if shelf.beside else str(len(shelf.tenures) + 1)
+            shelf.put(version, label, credential.secret.reveal())
+            return True
+
+    def close(self) -> None:
+        pass
+
+    @contextmanager
+    def _call(self, what: str) -> Iterator[None]:
+        shelf = self._shelf
+        shelf.calls.append((shelf.time.true, what))
+        shelf.time.true += 0.05
+        fate = "down" if shelf.out else shelf.plan.pop(0) if shelf.plan else "ok"
+        if fate == "down":
+            raise SourceUnavailable("shelf: is down")
+        if fate == "beaten":
+            shelf.overtake()
+        yield
+        if fate == "drop":
+            raise SourceUnavailable("shelf: did not answer in time", unknown=True)
+
+
+def profile(
+    name: str = "work", hold: str = "15m", publish: str | None = None, **source: Any
+) -> Profile:
+    """Read a minting profile; with `publish`, one whose keys are put on the shelf of that name."""
+    raw: dict[str, Any] = {
         "base_url": "http://127.0.0.1:1",
         "helper_ttl": "60s",
         "hold": hold,
         "source": {"type": "litellm", "admin": {"env": "ADMIN"}, "lifetime": "2h", **source},
     }
+    if publish is not None:
+        raw["publish"] = {"to": "aws", "secret": publish, "region": "us-east-1"}
     return read_profile(name, raw, Where({}, "test"))
 
 
@@ -271,6 +384,8 @@ class World:
         self.roll = roll
         self.gateway = Gateway(self.time)
         self.gateway.lifetime = profile.policy.lifetime.total_seconds()
+        self.shelves: dict[str, Shelf] = {}
+        self.beside = True  # of shelves that are made from now on
         self.handed_out: list[HandedOut] = []
         self.crash_at: tuple[int, str, str] | None = None  # n-th effect from now, side, who
         self.effects: list[str] = []
@@ -286,6 +401,7 @@ class World:
             disk=self.disk,
             build=lambda *_: self.source(),
             revoker=lambda *_: self.source(),
+            store=lambda profile, *_: ShelfStore(self.shelf(profile)),
         )
         self.workers = InProcess(operations)
         message = {
@@ -313,6 +429,13 @@ class World:
     def source(self) -> Any:
         """Return what a worker has of the gateway."""
         return GatewaySource(self.gateway)
+
+    def shelf(self, profile: Profile | None = None) -> Shelf:
+        """Return where a profile's keys are published."""
+        publish = (profile or self.profile).publish
+        assert publish is not None
+        name = str(publish.settings["secret"])
+        return self.shelves.setdefault(name, Shelf(self.time, self.beside))
 
     def perform(self, effect: str, call: Callable[[], Any]) -> Any:
         """Stand in for worker.perform: count, and crash where it was asked for."""
@@ -397,6 +520,7 @@ class DaemonWorld(World):
             disk=self.disk,
             build=lambda *_: self.source(),
             revoker=lambda *_: self.source(),
+            store=lambda profile, *_: ShelfStore(self.shelf(profile)),
         )
         self.workers = InProcess(operations)
         self.journal = Journal(STATE, self.disk)
