@@ -1133,7 +1133,8 @@ def _rounded(due: datetime, at_work: _Profile, instance: str) -> datetime:
     current = slots.current
     good = current is not None and current.refused_at is None and not current.condemned
     calm = good and slots.failures == 0 and slots.next is None and not slots.rotate
-    if policy.kind is Kind.FOLLOWED and calm:
+    named = current is not None and current.lease.reread_at == due  # its keeper chose that moment
+    if policy.kind is Kind.FOLLOWED and calm and not named:
         seconds = rotation.slack(policy).total_seconds()
         if not seconds:
             return due

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from keybroker import aws
+from keybroker import aws as accounts  # `aws` is also a package below this one
 from keybroker.config import Profile
 from keybroker.credential import Credential, Issuer, Lease, Reference, Secret, Verdict
 from keybroker.errors import SourceInvalid
@@ -194,14 +194,14 @@ def _reader(
     if issuer.aws:
         from keybroker.sources.aws.source import read_reference as read_aws_reference
 
-        account = aws.read_text(issuer.aws)
+        account = accounts.read_text(issuer.aws)
         return lambda reference: read_aws_reference(reference, account, held)
     return None
 
 
 def read_together(profiles: Sequence[Profile], held: Held) -> None:
     """Read with few calls what is about to be asked for, where there is a call for that."""
-    places: dict[aws.Account, list[str]] = {}
+    places: dict[accounts.Account, list[str]] = {}
     for profile in profiles:
         if profile.type == "aws" and profile.account is not None:
             places.setdefault(profile.account, []).append(profile.source["secret"])
