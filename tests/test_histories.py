@@ -656,9 +656,8 @@ def test_promises_hold_for_a_daemon_that_publishes(
     made.crash_at = None
     if not made.keyring:
         made.unlock()
-    if made.profile.publish is not None and "one" in made.shelves:
-        if made.shelf() is not made.shelves["one"]:
-            made.shelf().abandon()
+    if made.profile.publish is not None and made.shelf() is not made.shelves.get("one"):
+        made.shelf().abandon()
     made.profile = profile(publish="one")
     made.broker.configure([made.profile])
     made.turn()
