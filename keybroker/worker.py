@@ -54,6 +54,7 @@ T = TypeVar("T")
 IDLE_SECONDS = 7.0  # above the usual short interval of polls
 CALL = timedelta(seconds=8)  # the longest one, where no profile says otherwise
 MOST_OPEN = 32  # sources, and so connections, at a time
+GATHER_SECONDS = 0.005  # polls that can be answered together come one after the other
 HELD_SECONDS = 0.5  # an answer is held back for those that follow it
 LONGEST_LINE = 1 << 20
 # Everything that a worker does to the world, in the words of the crash tests.
@@ -394,8 +395,9 @@ class Operations:
         for message in wanted:
             if (session := message.get("session")) is not None:
                 self.held.take(decode_session(session))
-        profiles = [decode_profile(message["profile"]) for message in wanted]
-        sources.read_together(profiles, self.held)
+        with suppress(KeybrokerError):  # as each of them will say by itself
+            profiles = [decode_profile(message["profile"]) for message in wanted]
+            sources.read_together(profiles, self.held)
 
     def close(self) -> None:
         for source in self._opened.values():
@@ -561,7 +563,8 @@ def serve(descriptor: int, operations: Operations) -> None:
         if message.get("op") != "poll":
             expected = 0
         elif expected == 0:
-            waiting = _with_more(descriptor, waiting)
+            together = _type(message) in sources.TOGETHER
+            waiting = _with_more(descriptor, waiting, GATHER_SECONDS if together else 0.0)
             row = [message, *_polls(waiting)]
             operations.expect(row)
             expected = len(row)
@@ -577,9 +580,9 @@ def serve(descriptor: int, operations: Operations) -> None:
     operations.close()
 
 
-def _with_more(descriptor: int, waiting: bytes) -> bytes:
-    """Take what was sent meanwhile as well."""
-    while len(waiting) <= LONGEST_LINE and select.select([descriptor], [], [], 0)[0]:
+def _with_more(descriptor: int, waiting: bytes, seconds: float) -> bytes:
+    """Take what was sent meanwhile as well, or is being sent."""
+    while len(waiting) <= LONGEST_LINE and select.select([descriptor], [], [], seconds)[0]:
         piece = os.read(descriptor, 1 << 16)
         if not piece:  # it was closed, as the next read will find
             break
@@ -598,7 +601,10 @@ def _polls(waiting: bytes) -> Iterator[Mapping[str, Any]]:
 
 
 def _type(message: Mapping[str, Any]) -> str:
-    return str(message["profile"]["raw"]["source"]["type"])
+    """Return the type of the source that a poll asks; empty where the message makes no sense."""
+    with suppress(KeyError, TypeError):
+        return str(message["profile"]["raw"]["source"]["type"])
+    return ""
 
 
 def _take_no_more(descriptor: int) -> bool:
