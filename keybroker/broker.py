@@ -335,10 +335,22 @@ class Broker:
                 self._change(at_work)
 
     def reread(self) -> None:
-        """Take in what another process wrote into the journal while it had the owner lock."""
+        """
+        Take in what another process wrote while it had the owner lock: the journal, and sessions.
+
+        What can be had only once may be in a session that it began: nobody logs in before that
+        was read.
+        """
         known = replay(self._reread())
         for at_work in self._profiles.values():
             self._refresh(at_work, known.get(at_work.name, Slots()))
+        if self._wrap_key is None:
+            return
+        for name, issuer in self._logins.wanted.items():
+            number = self._workers.send(
+                issuer.type, "recall", EXTRA_SECONDS, session_key=name, wrap_key=self._wrap_key
+            )
+            self._logins.recall(number, name)
 
     def clock_was_set(self) -> None:
         """Forget what was put off by another clock; or the machine woke up, and may do better."""
@@ -860,7 +872,7 @@ class Broker:
         puts = isinstance(step, rotation.Stage | rotation.Recover) or values.get("base") is not None
         if puts and at_work.profile is not None and at_work.profile.publish is not None:
             issuer, asks = at_work.profile.publish.issuer, True
-        if asks and self._logins.must_wait(issuer, at_work.name, now):
+        if asks and self._logins.must_wait(issuer, at_work.name):
             return
         if asks:
             values["session"] = self.session(issuer)
@@ -877,7 +889,9 @@ class Broker:
         """A person wants to know now: a login that failed, or has too few rights, is tried anew."""
         trouble = at_work.slots.trouble
         denied = trouble is not None and trouble.code == SourceDenied.code
-        self._logins.forgive(at_work.policy.issuer, anew=denied)
+        forgiven = self._logins.forgive(at_work.policy.issuer, anew=denied)
+        if forgiven is not None:  # who is lent the lock goes on from there
+            self._keep(forgiven)
 
     def session(self, issuer: Issuer) -> Session | None:
         """Return what an issuer is asked with, where it wants a session."""

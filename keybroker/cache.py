@@ -81,9 +81,16 @@ class Cache:
         """
         Seal a session in place of the one before.
 
+        A login that failed takes nothing away from one that worked with the same: who failed may
+        not have known of it, and what it was made with may be used up.
+
         Raises:
             CacheError: It could not be written.
         """
+        if self._key is None:
+            return
+        with suppress(CacheError):
+            session = session.over(self.load_session(session.key))
         self._seal(SESSION + session.key, json.dumps(encode_session(session)).encode())
 
     def load_session(self, key: str) -> Session | None:

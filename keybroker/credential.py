@@ -4,7 +4,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import NoReturn
 
-from keybroker.values import dataclass
+from keybroker.values import dataclass, replace
 
 LONGEST_SECRET = 16_384  # Claude Code refuses a longer helper output
 
@@ -180,6 +180,19 @@ class Session:
     refusals: int = 0
     not_before: datetime | None = None
     trouble: tuple[str, str, str] | None = None
+
+    def over(self, before: "Session | None") -> "Session":
+        """Return what is to be kept of two: how a login failed, and what one with the same made."""
+        if before is None or before.material != self.material or self.secret or self.kept:
+            return self
+        return replace(
+            before,
+            serial=self.serial,
+            failures=self.failures,
+            refusals=self.refusals,
+            not_before=self.not_before,
+            trouble=self.trouble,
+        )
 
 
 class Look(StrEnum):

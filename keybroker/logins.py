@@ -1,6 +1,6 @@
 """The sessions of sources: kept for the workers, sealed, begun by one of those that need them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
 
 from keybroker import aws
@@ -48,7 +48,7 @@ class Logins:
         self._held[session.key] = session
         return True
 
-    def forgive(self, issuer: Issuer, *, anew: bool = False) -> None:
+    def forgive(self, issuer: Issuer, *, anew: bool = False) -> Session | None:
         """
         Let a login that failed be tried at once: something may be better now.
 
@@ -56,16 +56,19 @@ class Logins:
 
         Args:
             anew: Log in even where there is a token, since that has not the rights it should.
+
+        Returns:
+            The session as it is now, to be sealed; None where nothing changed.
         """
         session = self.of(issuer)
         if session is None or not (session.not_before or (anew and session.secret)):
-            return
+            return None
         if session.key in self._beginning.values():  # it is being tried
-            return
+            return None
         secret = None if anew else session.secret
-        self._held[session.key] = replace(
-            session, serial=session.serial + 1, secret=secret, not_before=None
-        )
+        forgiven = replace(session, serial=session.serial + 1, secret=secret, not_before=None)
+        self._held[session.key] = forgiven
+        return forgiven
 
     def know(self, issuers: Iterable[Issuer]) -> None:
         """Take note of who is asked with sessions from now on: theirs are kept alive."""
@@ -82,6 +85,8 @@ class Logins:
             session = self._held.get(name)
             if session is None or not session.renewable or session.secret is None:
                 continue
+            if name in self._beginning.values():  # there may be a newer one in a moment
+                continue
             since = session.renewed_at or session.issued_at
             if session.expires_at is None or since is None or now >= session.expires_at:
                 continue
@@ -96,15 +101,22 @@ class Logins:
                 late.append(issuer)
         return late, min(times, default=None)
 
+    def recall(self, number: int, name: str) -> None:
+        """Note a request that reads a session that another process sealed: it may be newer."""
+        self._beginning[number] = name
+
+    @property
+    def wanted(self) -> Mapping[str, Issuer]:
+        """Who is asked with sessions, one of them for each session."""
+        return self._wanted
+
     def renewing(self, issuer: Issuer, now: datetime) -> None:
         """Note a request that renews a session."""
         self._renewing[session_of(issuer.vault)] = now
 
-    def must_wait(self, issuer: Issuer, profile: str, now: datetime) -> bool:
+    def must_wait(self, issuer: Issuer, profile: str) -> bool:
         """Say whether somebody else is logging in to the same; the profile is told of the end."""
-        if self._is_open(issuer, now):
-            return False
-        name = session_of(issuer.vault)
+        name = session_of(issuer.vault) if issuer.vault else ""
         if name not in self._beginning.values():
             return False
         self._behind.setdefault(name, set()).add(profile)

@@ -353,6 +353,13 @@ class Operations:
         perform("keep", lambda: Cache(self.state, wrap_key, self.disk).save_session(kept))
         return {}
 
+    def recall(self, session_key: str, wrap_key: Secret) -> dict[str, Any]:
+        """Open a session that another process may have sealed, and hand it over."""
+        session = Cache(self.state, wrap_key, self.disk).load_session(session_key)
+        if session is not None:
+            self.held.tell(session)
+        return {}
+
     def load(self, profile: str, wrap_key: Secret | None) -> dict[str, Any]:
         """Open a profile's sealed credential."""
         cached = Cache(self.state, wrap_key, self.disk).load(profile)

@@ -552,6 +552,63 @@ def test_a_token_without_the_right_to_read_is_given_up_by_a_person_alone(anew: b
     assert (found.secret is None) is anew
 
 
+def test_a_login_that_is_forgiven_is_sealed() -> None:
+    """Who borrows the lock counts on from there: the newer session has the higher serial."""
+    workers = Recorder()
+    name = session_of(two_kinds()[0].issuer.vault)
+    made = broker(workers, [Session(name, 3, failures=2, not_before=START + timedelta(hours=1))])
+    made.hurry("a")
+
+    assert workers.sent == [("cache", "keep")]
+
+
+def test_what_another_process_sealed_is_read_before_anybody_logs_in() -> None:
+    """It may have used up what can be had only once; a token that is alive may be an old one."""
+    name = session_of(two_kinds()[0].issuer.vault)
+    for held in ([], [Session(name, 1, Secret("s.1"))]):
+        workers = Recorder()
+        made = broker(workers, held)
+        made.reread()
+        made.turn()
+        assert [op for _, op in workers.sent] == ["recall"]
+
+        made.take([Answer(1, {}, None, (), [Session(name, 3, Secret("s.3"))])])
+        made.turn()
+
+        ops = sorted(op for _, op in workers.sent[1:])
+        assert ops == ["issue", "keep", "poll"]
+        session = made.session(two_kinds()[0].issuer)
+        assert session is not None
+        assert session.secret == Secret("s.3")
+
+
+def test_a_session_that_cannot_be_read_keeps_nobody_waiting() -> None:
+    workers = Recorder()
+    made = broker(workers, [])
+    made.reread()
+    made.turn()
+    made.take([Answer(1, None, None, None)])  # its worker died
+    made.turn()
+
+    assert len(workers.sent[1:]) == 1, "one logs in, and the other waits for that"
+
+
+@pytest.mark.parametrize("has", [{"secret": Secret("s.1")}, {"kept": Secret("unwrapped")}])
+def test_a_login_that_failed_takes_nothing_away_on_disk(has: dict[str, Any]) -> None:
+    """Who failed did not know of the one that worked, and cannot have it again."""
+    made = LoginWorld()
+    cache = Cache(STATE, WRAP_KEY, made.disk)
+    cache.save_session(Session("s", 2, material="0a1b2c3d", **has))
+    failed = Session("s", 1, material="0a1b2c3d", failures=1, not_before=START)
+    cache.save_session(failed)
+
+    found = cache.load_session("s")
+    assert found == rotation.replace(failed, **has)
+    other = rotation.replace(failed, material="ffffffff")
+    cache.save_session(other)
+    assert cache.load_session("s") == other
+
+
 def test_a_refused_login_is_sealed() -> None:
     """The next process does not begin with the same wrong password."""
     made = LoginWorld(out=True)

@@ -203,6 +203,38 @@ def test_there_is_one_login_in_the_life_of_a_token(
     assert sealed.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped", "of one use"])
+def test_a_login_that_a_command_made_is_the_daemon_s_too(
+    following: Resident, openbao: OpenBao, kv: Kv, role: str, wrapped: bool
+) -> None:
+    """What can be had once was used up by `source test`: it is nobody's second time."""
+    key = following.key()
+    once = f"{role}-once"
+    role_id, secret_id = openbao.approle(once, [role], secret_id_num_uses=0 if wrapped else 1)
+    if wrapped:
+        secret_id = openbao.wrapped_secret_id(once)
+    file = following.home.path / "once"
+    write(file, secret_id)
+    by = f'wrapped_by = "auth/approle/role/{once}/secret-id"\n' if wrapped else ""
+    table = (
+        f'[vault]\naddress = "{openbao.url}"\n[vault.auth]\nmethod = "approle"\n'
+        f'role_id = "{role_id}"\nsecret_id = {{ file = "{file}" }}\n{by}'
+    )
+    base_url = following.row()["base_url"]
+    following.configure(table + source(base_url, kv.path("llm"), 'poll = "1h"'))
+    assert following.cli("source", "test", "work")[0] == 0
+
+    assert following.cli("rotate", "work")[0] == 0
+    assert following.cli("source", "test", "work")[0] == 0
+    following.kill()
+    following.start()
+    status, _, said = following.cli("rotate", "work")
+
+    assert (status, following.key()) == (0, key), said
+    assert following.row()["trouble"] is None
+    assert logins(openbao, once) == 1
+
+
 def test_many_profiles_share_one_login(
     resident: Resident, gateway: DevGateway, openbao: OpenBao, kv: Kv, role: str
 ) -> None:

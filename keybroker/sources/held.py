@@ -23,6 +23,11 @@ class Held:
             self._sessions[session.key] = session
             self._changed.discard(session.key)
 
+    def tell(self, session: Session) -> None:
+        """Go on with a session that was sealed, and have the broker told of it."""
+        self.take(session)
+        self._changed.add(session.key)
+
     def get(self, key: str) -> Session:
         """Return what there is; an empty one, of serial 0, where nobody has logged in."""
         return self._sessions.get(key) or Session(key)
