@@ -434,20 +434,22 @@ class Broker:
                 f"{name}: the clock was set and the gateway could not confirm the key",
                 hint="check the date, then try again",
             )
-        slots = at_work.slots
-        if self._live(at_work, slots) >= at_work.policy.max_live:
+        slots, policy, now = at_work.slots, at_work.policy, self.now(name)
+        live = self._live(at_work, slots)
+        if live >= policy.max_live:
             unsure = self.unsettled(name)
             if unsure:
                 return NotReady(
                     f"{name}: {unsure} calls got no answer and may have made keys",
                     hint="they are looked up for a minute; then try again",
                 )
-            ends = min((key.revoke_at for key in slots.retired if key.revoke_at), default=None)
-            wait = timedelta() if ends is None else max(timedelta(), ends - self.now())
-            left = "" if not wait else f" for {_in_words(wait)} more"
+            reckoned = _by_earlier_clock(slots, self._clock.read(), now)
+            room = rotation.room_at(reckoned, policy, now)
+            left = "" if room is None else f" for {_in_words(room - now)} more"
             why = "" if slots.trouble is None else f" ({slots.trouble.message})"
             return NotReady(
-                f"{name}: {len(slots.keys)} keys are unrevoked, the most allowed{left}{why}",
+                f"{name}: {live} keys are unrevoked at {policy.issuer.url}, the most allowed"
+                f"{left}{why}",
                 hint=f"wait, or end them all: keybroker revoke {name}",
             )
         new = slots.next.verdict if slots.next is not None else None
@@ -1131,6 +1133,8 @@ class Broker:
 
 def _in_words(length: timedelta) -> str:
     seconds = math.ceil(length.total_seconds())
+    if seconds > 7200:
+        return f"{math.ceil(seconds / 3600)} h"
     return f"{seconds} s" if seconds <= 120 else f"{math.ceil(seconds / 60)} min"
 
 

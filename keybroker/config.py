@@ -87,7 +87,7 @@ PROFILE = {
         "Touch the settings files that running sessions watch when the key was replaced.",
         default=True,
     ),
-    "max_live": Field(COUNT, "The most unrevoked keys at a time.", default=4),
+    "max_live": Field(COUNT, "The most unrevoked keys at one gateway.", default=4),
 }
 SOURCES: dict[str, dict[str, Field]] = {
     "litellm": {

@@ -52,6 +52,7 @@ class Policy:
         timeout: The longest that one call to the source takes.
         poll: How often a followed source is read.
         publishes: A new key is put where others read it.
+        max_live: The most keys that may be alive at the issuer's gateway.
     """
 
     kind: Kind
@@ -223,10 +224,14 @@ def fits(key: Key, policy: Policy) -> bool:
     A minted key is, whichever admin key it was minted with. What somebody else keeps is read from
     where the profile says now, whoever logs in to read it.
     """
-    theirs, ours = key.issuer, policy.issuer
-    if policy.kind is Kind.FOLLOWED and theirs.admin != ours.admin:
+    if policy.kind is Kind.FOLLOWED and key.issuer.admin != policy.issuer.admin:
         return False
-    return (theirs.type, theirs.url) == (ours.type, ours.url)
+    return _is_here(key, policy)
+
+
+def _is_here(one: Key | Open, policy: Policy) -> bool:
+    """Say whether it is at this profile's gateway, or was asked for there."""
+    return (one.issuer.type, one.issuer.url) == (policy.issuer.type, policy.issuer.url)
 
 
 def usable(key: Key | None, policy: Policy, now: datetime) -> bool:
@@ -257,26 +262,47 @@ def phase(slots: Slots, policy: Policy, now: datetime) -> Phase:
 
 def live(slots: Slots, policy: Policy, now: datetime) -> int:
     """
-    Count what may be alive at the gateway: keys, and open labels not yet settled.
+    Count what may be alive at this profile's gateway: keys, and open labels not yet settled.
 
-    What has ended by itself is not alive, though nobody could confirm it: a gateway that is gone
-    for good must not keep its successor from minting. Ends count by the earlier clock: one that
-    was set forward has ended nothing.
+    What has ended by itself is not alive, though nobody could confirm it; ends count by the
+    earlier clock: one that was set forward has ended nothing. What is at another gateway does not
+    count: one that is gone for good must not keep its successor from minting.
     """
-    keys = sum(not _ended(key, now) for key in slots.keys)
+    keys = sum(_is_here(key, policy) and not _ended(key, now) for key in slots.keys)
     opened = sum(
-        not _settled(one, policy, now)
+        _is_here(one, policy)
+        and not _settled(one, policy, now)
         and now < one.since + policy.timeout + one.lifetime + LOOK_UPS[-1]
         for one in slots.open
     )
     return keys + opened
 
 
+def room_at(slots: Slots, policy: Policy, now: datetime) -> datetime | None:
+    """Return when there is one key less at this profile's gateway, should all go well."""
+    times = []
+    for key in slots.keys:
+        ends = _ends_at(key)
+        if not _is_here(key, policy) or (ends is not None and ends <= now):
+            continue
+        if key.revoke_at is not None and key.revoke_at > now:
+            times.append(key.revoke_at)
+        elif ends is not None:  # it could not be revoked so far
+            times.append(ends)
+    return min(times, default=None)
+
+
 def _ended(key: Key, now: datetime) -> bool:
+    ends = _ends_at(key)
+    return ends is not None and now >= ends
+
+
+def _ends_at(key: Key) -> datetime | None:
+    """Return when a key has ended by itself, by whichever clock says so last."""
     ends = key.lease.own_end or key.lease.expires_at
-    return ends is not None and now - key.behind >= ends + min(
-        ENDED_AFTER, (ends - key.lease.issued_at) / 4
-    )
+    if ends is None:
+        return None
+    return ends + key.behind + min(ENDED_AFTER, (ends - key.lease.issued_at) / 4)
 
 
 def next_step(slots: Slots, policy: Policy, now: datetime) -> Step:

@@ -635,9 +635,37 @@ def test_too_many_keys_are_told(host: Host) -> None:
     error = broker.why_not("work")
     assert (type(error), error.message, error.hint) == (
         NotReady,
-        "work: 4 keys are unrevoked, the most allowed for 60 min more",
+        f"work: 4 keys are unrevoked at {ONE}, the most allowed for 60 min more",
         "wait, or end them all: keybroker revoke work",
     )
+
+
+def test_too_many_keys_that_cannot_be_revoked_are_told_until_they_end(host: Host) -> None:
+    """Their revocation is overdue: their own end is what makes room."""
+    minted(host)
+    current = host.journal.current
+    assert current is not None
+    broker = host.start(at(ONE))
+    now = host.time.read().wall
+    retired = tuple(replace(current, label=f"kb-{n}", revoke_at=now) for n in range(4))
+    broker._profiles["work"].slots = Slots(retired=retired)
+    assert broker.why_not("work").message.endswith("the most allowed for 3 h more")
+
+
+def test_a_gateway_that_is_gone_does_not_block_the_next_one(host: Host) -> None:
+    """However many keys are left there; they stay in the journal."""
+    for _ in range(4):
+        minted(host)
+        host.broker.hurry("work")
+        host.run(5)
+    host.gateway().out = True
+    host.start(at(TWO))
+
+    assert host.ask() is not None
+    slots = host.broker.slots("work")
+    assert [key.issuer.url for key in slots.retired] == [ONE] * 4
+    assert slots.current is not None
+    assert slots.current.issuer.url == TWO
 
 
 def test_no_key_yet_is_told(host: Host) -> None:

@@ -35,6 +35,7 @@ from keybroker.rotation import (
     next_step,
     phase,
     put_off,
+    room_at,
     shortest_lifetime,
     stale_at,
     usable,
@@ -501,6 +502,35 @@ def test_no_more_than_max_live_keys() -> None:
     assert next_step(slots, MINTED, NOW) == Wait(NOW + 3 * MINUTE)
     assert next_step(slots, replace(MINTED, max_live=5), NOW) == Issue()
     assert next_step(replace(slots, retired=retired[1:]), MINTED, NOW) == Issue()
+
+
+@pytest.mark.parametrize(
+    ("issuer", "count"),
+    [
+        (ISSUER, 4),
+        (replace(ISSUER, admin=None), 4),  # another admin key of the same gateway
+        (OTHER, 1),
+        (replace(ISSUER, type="vault"), 1),
+    ],
+)
+def test_what_is_at_another_gateway_leaves_room_at_this_one(issuer: Issuer, count: int) -> None:
+    """One that is gone for good must not keep its successor from minting."""
+    retired = tuple(replace(RETIRED, label=f"kb-{n}", issuer=issuer) for n in "ab")
+    slots = Slots(current=STALE, retired=retired, open=(opened(issuer=issuer, looked_at=NOW),))
+    assert live(slots, MINTED, NOW) == count
+    assert isinstance(next_step(slots, MINTED, NOW), Wait if count == 4 else Issue)
+
+
+def test_room_is_made_by_a_revocation_or_else_by_an_end() -> None:
+    """Of keys at this gateway; a revocation that is overdue makes none yet."""
+    elsewhere = replace(RETIRED, issuer=OTHER, revoke_at=NOW + SECOND)
+    overdue = key("kb-a", age=11 * HOUR, revoke_at=NOW - MINUTE)
+    assert room_at(Slots(current=FRESH, retired=(RETIRED, elsewhere)), MINTED, NOW) == (
+        NOW + 3 * MINUTE
+    )
+    assert room_at(Slots(retired=(overdue,)), MINTED, NOW) == NOW + HOUR + MINUTE
+    assert room_at(Slots(retired=(key(life=None),)), MINTED, NOW) is None
+    assert room_at(Slots(retired=(elsewhere,)), MINTED, NOW) is None
 
 
 def test_calls_that_mint_are_a_retry_interval_apart() -> None:

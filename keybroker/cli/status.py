@@ -132,7 +132,7 @@ def _show(
     for one in left:
         text = "keybroker revoke " + one["profile"]
         print(f"\n{one['profile']}: is not configured any more, and has {len(one['keys'])} keys")
-        _print_keys(one["keys"], [])
+        _print_keys(one["keys"], [], "")
         print(f"  end them: {text}")
 
 
@@ -274,7 +274,7 @@ def _print_details(row: dict[str, Any], found: dict[str, Any]) -> None:
     if row["last_failure"]:
         moment = _time(row["last_failure"]["at"])
         print(f"  last failure {on_the_clock(moment)}  {row['last_failure']['message']}")
-    _print_keys(row["retired"], row["open"])
+    _print_keys(row["retired"], row["open"], row["source"])
     for text in row["warnings"]:
         print(f"  warning      {text}")
     push = found.get("push") or {"off": {}}
@@ -294,7 +294,8 @@ def _print_settings(row: dict[str, Any]) -> None:
     print(f"    ({row['ttl_reason']})")
 
 
-def _print_keys(keys: list[dict[str, Any]], opened: list[dict[str, Any]]) -> None:
+def _print_keys(keys: list[dict[str, Any]], opened: list[dict[str, Any]], source: str) -> None:
+    """Print the keys that are to be revoked, and where, if not at the profile's own source."""
     now = datetime.now().astimezone()
     for key in keys:
         when = "to be revoked"
@@ -306,11 +307,13 @@ def _print_keys(keys: list[dict[str, Any]], opened: list[dict[str, Any]]) -> Non
         if key["expires_at"]:
             ends = f", ends by itself {on_the_clock(_time(key['expires_at']))}"
         why = f", {key['why']}" if key["why"] else ""
-        print(f"  retired      {key['fingerprint']}  {when}{why}{ends}")
+        where = "" if key["at"] == source else f"at {key['at']}, "
+        print(f"  retired      {key['fingerprint']}  {where}{when}{why}{ends}")
     for one in opened:
         since = f"since {on_the_clock(_time(one['since']))}, {one['looks']} looks"
         ends = f"what it made ends by itself by {on_the_clock(_time(one['ends_at']))}"
-        print(f"  unfinished   {one['label']}  {since}, {ends}")
+        where = "" if one["at"] == source else f"at {one['at']}, "
+        print(f"  unfinished   {one['label']}  {where}{since}, {ends}")
 
 
 def _time(text: str) -> datetime:
