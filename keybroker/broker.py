@@ -315,15 +315,18 @@ class Broker:
         if new is not None and new.base is not None:
             at_work.slots = change(at_work.slots, replace(new, beaten=rotation.ELSEWHERE))
 
-    def retry(self, *, by_hand: bool = False) -> None:
+    def retry(self, only: str | None = None, *, by_hand: bool = False) -> None:
         """
         Try again what failed, read anew what others keep: something may be better now.
 
         Args:
+            only: The one profile that it may be better for; None: all.
             by_hand: A person says so, for whom a refused login is tried once more. One that is
                 made with something else now is tried in any case.
         """
         for at_work in self._profiles.values():
+            if only not in (None, at_work.name):
+                continue
             if by_hand:
                 self._forgive(at_work)
             if at_work.policy.kind is Kind.FOLLOWED and at_work.profile is not None:

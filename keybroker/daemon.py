@@ -122,6 +122,7 @@ class Daemon:
             "rotate": self._rotate,
             "revoke": self._revoke,
             "reload": self._reload,
+            "retry": self._retry,
             "watch": self._watching,
             "stop": self._stop,
             "lend": self._lend,
@@ -638,6 +639,13 @@ class Daemon:
         if math.isfinite(self._unlock_at):
             self._open_cache()
         client.send(wire.answer({"profiles": sorted(self._config.profiles)}), last=True)
+        return None
+
+    def _retry(self, asked: Mapping[str, Any], client: Client) -> Job | None:
+        """Somebody has seen that a profile's source works."""
+        if self._broker is not None:
+            self._broker.retry(str(asked.get("profile")), by_hand=True)
+        client.send(wire.answer({}), last=True)
         return None
 
     def _stop(self, asked: Mapping[str, Any], client: Client) -> Job | None:

@@ -290,6 +290,24 @@ def test_what_a_borrower_of_the_lock_wrote_is_known_at_once(
     assert running.key() != key
 
 
+def test_a_source_that_was_seen_to_work_is_tried_again_at_once(
+    resident: Resident, gateway: DevGateway
+) -> None:
+    """A denial is remembered for minutes; what was mended meanwhile need not be seen by us."""
+    admin = resident.home.path / "admin"
+    admin.write_text("sk-wrong-0123456789\n")
+    command = f'admin = {{ command = ["cat", "{admin}"] }}'
+    resident.configure(profile(gateway).replace('admin = { env = "ADMIN" }', command))
+    resident.start()
+    assert resident.ask().startswith("error 77 ")
+    admin.write_text(f"{gateway.master_key}\n")
+    assert resident.ask().startswith("error 77 ")
+
+    assert resident.cli("source", "test", "work")[0] == 0
+
+    assert resident.ask().startswith("ok ")
+
+
 def test_status_is_the_daemons(running: Resident) -> None:
     """It says who runs, and that the key outlives a closed lid of 8 hours but not of 13."""
     running.key()

@@ -7,7 +7,7 @@ from typing import TypeVar
 import click
 
 from keybroker.cli.base import coloured, for_profile, in_words, print_json, progress
-from keybroker.cli.work import Desk, configuration, desk, minted, owner
+from keybroker.cli.work import Desk, configuration, desk, have_tried_again, minted, owner
 from keybroker.clock import Clock
 from keybroker.config import Profile
 from keybroker.credential import Credential
@@ -45,6 +45,7 @@ def test(profile: str | None, as_json: bool) -> None:
             else:
                 credential = report.step("read", lambda: _read(at, wanted))
                 report.step("verify", lambda: _alive(at, wanted, credential))
+        have_tried_again(wanted.name)
     finally:
         if as_json:
             print_json(report.rows)

@@ -16,7 +16,7 @@ from keybroker.carry import decode_session
 from keybroker.clock import Clock
 from keybroker.config import Config, Profile, load
 from keybroker.credential import Issuer, Secret, Session
-from keybroker.errors import ConfigError, NobodyAnswers
+from keybroker.errors import ConfigError, KeybrokerError, NobodyAnswers
 from keybroker.handout import Sealed
 from keybroker.journal import Journal
 from keybroker.pool import Pool, sessions, variables
@@ -103,6 +103,13 @@ def daemon_socket() -> Path | None:
             hint="keybroker daemon --stop",
         )
     return socket
+
+
+def have_tried_again(profile: str) -> None:
+    """Have a daemon, should one run, try again at once what failed: it was seen to work."""
+    with suppress(KeybrokerError):
+        if (socket := daemon_socket()) is not None:
+            wire.control(socket, "retry", ABOUT_SECONDS, profile=profile)
 
 
 @contextmanager
