@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import secrets
 import socket
 import ssl
@@ -418,6 +419,21 @@ def test_a_cluster_of_one_keeps_its_data_over_an_outage() -> None:
     assert (open_, found) == (False, {"key": "sk-one"})
     assert not server.alive()
     assert not listens(server.url)
+
+
+@pytest.mark.parametrize("proxy", [False, True])
+def test_the_socket_of_an_agent_is_its_owner_s_alone(openbao: OpenBao, proxy: bool) -> None:
+    """Whatever the umask is: who may connect is somebody, to the server."""
+    kv = openbao.kv()
+    login = openbao.approle("agent", [reader(openbao, kv, "llm")], kv.mount)
+    before = os.umask(0)
+    try:
+        with Agent(openbao, *login, mount=kv.mount, proxy=proxy) as agent:
+            found = agent.socket.stat()
+    finally:
+        os.umask(before)
+
+    assert (found.st_mode & 0o777, found.st_uid) == (0o600, os.getuid())
 
 
 @pytest.mark.parametrize("proxy", [False, True])

@@ -101,7 +101,15 @@ class Agent(Api):
             "cache": {},
             "listener": [
                 listener(self._port),
-                {"unix": {"address": str(self.socket), "tls_disable": True, "socket_mode": "0600"}},
+                {
+                    "unix": {
+                        "address": str(self.socket),
+                        "tls_disable": True,
+                        "socket_mode": "0600",  # ignored without these two
+                        "socket_user": str(os.getuid()),
+                        "socket_group": str(os.getgid()),
+                    }
+                },
             ],
         }
         if self._templates:
