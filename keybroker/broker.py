@@ -60,6 +60,7 @@ RENEWAL_SECONDS = 8.0  # of a session
 STORE_CALLS = 4  # the most that one step of publishing takes
 EXTRA_SECONDS = 4.0  # a worker's hard timer beyond its calls' own deadlines
 ASKED_AGAIN = timedelta(seconds=5)  # who asks in vain has a failed call tried again this early
+CANNOT_KEEP = 'unlock the keyring, or set key = "file" in a table [cache]; see docs/cache.md'
 _NEVER = datetime.max.replace(tzinfo=UTC)
 ROUNDED = timedelta(seconds=60)  # due times of profiles with shorter holds are not rounded
 
@@ -430,7 +431,7 @@ class Broker:
         if self._cannot_keep(at_work):
             return NobodyAnswers(
                 f"{name}: a minted key could not be kept: {self._origin}",
-                hint='unlock the keyring, or set cache.key = "file"; see docs/cache.md',
+                hint=CANNOT_KEEP,
             )
         if at_work.doubt:
             return NotReady(

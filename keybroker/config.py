@@ -28,6 +28,7 @@ from keybroker.fields import (
     POINTER,
     REFERENCE,
     TABLE,
+    TABLES,
     TEXT,
     TEXTS,
     URL,
@@ -388,7 +389,7 @@ def parse(
     Raises:
         ConfigError: The first thing that is wrong with it.
     """
-    allowed = [*GENERAL, "defaults", "cache", "vault", "aws", "profiles"]
+    allowed = [*GENERAL, *TABLES]
     for name in tables:
         if name not in allowed:
             raise where.error((name,), unknown(name, allowed))

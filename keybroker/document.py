@@ -17,15 +17,16 @@ LARGEST_FILE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """Where each key stands: `file:line` by path; the nearest known parent for the rest."""
+    """Where each key stands: `file:line` by path; for the rest, what is in it or around it."""
 
     known: Mapping[tuple[str, ...], str]
     file: str
 
     def error(self, path: tuple[str, ...], problem: str) -> ConfigError:
+        within = [known for known in self.known if path and known[: len(path)] == path]
         above = [path[:n] for n in range(len(path), 0, -1) if path[:n] in self.known]
-        below = [known for known in self.known if path and known[: len(path)] == path]
-        place = next((self.known[found] for found in (*above, *below)), self.file)
+        nearest = above if path in self.known else within + above
+        place = next((self.known[found] for found in nearest), self.file)
         key = ".".join(map(_shown, path))
         return ConfigError(f"{place}: {key}: {problem}" if path else f"{place}: {problem}")
 

@@ -21,6 +21,7 @@ UNITS = {
     "h": timedelta(hours=1),
     "d": timedelta(days=1),
 }
+TABLES = ("defaults", "cache", "vault", "aws", "profiles")  # at the top of a file, and nowhere else
 LOCAL = ("env", "file", "keyring", "command")  # what is read on this machine
 REFERENCES = (*LOCAL, "vault", "aws")
 VAULT_PATH = re.compile(r"(?!/|v1/)[!-\"$-.0->@-~]+(?:/[!-\"$-.0->@-~]+)+")  # no #, ?, empty part
@@ -275,6 +276,8 @@ def unknown(name: str, allowed: list[str]) -> str:
     """Say that a key is unknown, and which one may have been meant."""
     from difflib import get_close_matches
 
+    if name in TABLES:  # `cache.key = …` below the header of another table
+        return f"{name} is a table of its own: [{name}]"
     close = get_close_matches(name, allowed, 1)
     return f"unknown key; did you mean {close[0]}?" if close else "unknown key"
 

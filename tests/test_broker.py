@@ -254,7 +254,7 @@ def test_a_locked_keyring_is_said(host: Host) -> None:
     assert isinstance(error, NobodyAnswers)
     assert error.message == "work: a minted key could not be kept: there is no keyring"
     assert error.hint is not None
-    assert 'cache.key = "file"' in error.hint
+    assert 'key = "file" in a table [cache]' in error.hint
 
 
 def test_what_is_retired_is_revoked_behind_a_locked_keyring(host: Host) -> None:

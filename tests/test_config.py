@@ -255,6 +255,19 @@ def test_an_error_names_file_and_line(file: Path) -> None:
     )
 
 
+def test_a_table_that_was_written_into_another_is_said_at_its_own_line(file: Path) -> None:
+    """A dotted key at the end of a file belongs to the last table in it."""
+    file.write_text(f"{WORK}\ncache.key = 'file'\n")
+    file.chmod(0o600)
+
+    with pytest.raises(ConfigError) as error:
+        load([file])
+
+    line = 2 + WORK.count("\n")
+    said = "profiles.work.source.cache: cache is a table of its own: [cache]"
+    assert error.value.message == f"{file}:{line}: {said}"
+
+
 @pytest.mark.parametrize(
     "text",
     [

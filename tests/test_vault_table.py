@@ -286,7 +286,7 @@ def test_a_source_that_mints_nothing_has_no_key_api() -> None:
 
 
 def test_a_table_in_a_profile_is_no_key_of_ours() -> None:
-    assert "unknown key" in problem(kept(), vault=TABLE)
+    assert "vault is a table of its own: [vault]" in problem(kept(), vault=TABLE)
 
 
 @pytest.mark.parametrize("text", ["", "x", "[]", "{}", '{"address":"x"}'])

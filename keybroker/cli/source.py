@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import click
 
+from keybroker.broker import CANNOT_KEEP
 from keybroker.cli.base import coloured, for_profile, in_words, print_json, progress
 from keybroker.cli.work import Desk, configuration, desk, have_tried_again, minted, owner
 from keybroker.clock import Clock
@@ -97,7 +98,7 @@ def _keep(at: Desk) -> tuple[None, str]:
     if at.wrap_key.key is None:
         raise CacheLocked(
             f"cache: a minted key could not be kept: {at.wrap_key.origin}",
-            hint='unlock the keyring, or set cache.key = "file"; see docs/cache.md',
+            hint=CANNOT_KEEP,
         )
     return None, f"sealed with the {at.wrap_key.origin}"
 
