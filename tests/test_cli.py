@@ -908,6 +908,21 @@ def test_source_test_says_which_step_failed(cli: Cli) -> None:
     assert "hint: see source.admin (env:ADMIN)\n" in stderr
 
 
+def test_source_test_says_whether_the_key_or_the_gateway_may_be_wrong(cli: Cli) -> None:
+    """A refused key is another's; where nothing can be told, /v1/models may be missing."""
+    kept = f'[profiles.work]\nbase_url = "{cli.gateway.url}"\n[profiles.work.source]\n'
+    kept += 'type = "static"\nkey = { env = "KEY" }\n'
+    variables = {"KEY": "sk-of-another-gateway"}
+    cli.configure(kept)
+    status, _, stderr = cli("source", "test", environment=variables)
+    cli.configure(kept.replace(cli.gateway.url, "http://127.0.0.1:1"))
+    undecided = cli("source", "test", environment=variables)[2]
+
+    said = "hint: the gateway does not know this key: is it the right one, and for "
+    assert (status, f"{said}{cli.gateway.url}?\n" in stderr) == (77, True)
+    assert "hint: does http://127.0.0.1:1 serve /v1/models?\n" in undecided
+
+
 # the frame
 
 

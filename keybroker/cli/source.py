@@ -128,7 +128,11 @@ def _alive(at: Desk, profile: Profile, credential: Credential) -> tuple[None, st
     look, seen = _verify(at, profile, credential)
     if look in ("refused", "undecided") or "(401:" in seen:
         kind = SourceUnavailable if look == "undecided" else SourceInvalid
-        raise kind(f"verify: {seen}", hint=f"does {profile.base_url} serve /v1/models?")
+        hint = f"does {profile.base_url} serve /v1/models?"
+        if look == "refused":
+            hint = "the gateway does not know this key: is it the right one, and for "
+            hint += f"{profile.base_url}?"
+        raise kind(f"verify: {seen}", hint=hint)
     return None, seen
 
 
