@@ -477,7 +477,7 @@ def test_a_rotation_that_fails_keeps_the_key(cli: Cli) -> None:
 
 
 def test_a_followed_key_is_read_again(cli: Cli) -> None:
-    """A key that somebody else keeps: `rotate` says when its owner has not rotated it."""
+    """A key that somebody else keeps: `rotate` says when there is no newer one."""
     cli.configure(
         f'[profiles.work]\nbase_url = "{cli.gateway.url}"\n'
         '[profiles.work.source]\ntype = "static"\nkey = { env = "ADMIN" }\n'
@@ -490,7 +490,10 @@ def test_a_followed_key_is_read_again(cli: Cli) -> None:
 
     assert (process.returncode, stdout, stderr) == (0, f"{key}\n", "")
     assert rotated[0] == 0
-    assert re.fullmatch(r"work: still [0-9a-f]{8}; its owner has not rotated it\n", rotated[1])
+    said = r"work: [0-9a-f]{8} is what the source has; there is no newer one\n"
+    assert re.fullmatch(said, rotated[1])
+    dry = cli("rotate", "--dry-run")
+    assert dry == (0, "work: the source would be read again\n", "")
 
 
 # revoke

@@ -234,10 +234,12 @@ def rotate_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
             print_json(plan)
             return
         for one in chosen:
-            what = f"minted at {one.issuer.url}" if minted(one) else "read again"
+            what = "the source would be read again"
+            if minted(one):
+                what = f"a new key would be minted at {one.issuer.url}"
             if one.publish is not None:
                 what += f" and published at {one.publish.issuer}"
-            print(f"{one.name}: a new key would be {what}")
+            print(f"{one.name}: {what}")
         return
     names = [one.name for one in chosen]
     with progress("rotating"):
@@ -284,7 +286,7 @@ def _say_rotated(result: dict[str, Any]) -> None:
     if "error" in result:
         return
     if not result["rotated"]:
-        print(f"{name}: still {result['fingerprint']}; its owner has not rotated it")
+        print(f"{name}: {result['fingerprint']} is what the source has; there is no newer one")
         return
     old = f"{result['replaced']} → " if result["replaced"] else ""
     line = f"{name}: {old}{result['fingerprint']}"
