@@ -615,7 +615,8 @@ class Daemon:
         labels = {name: outcomes.ours(broker, name) for name in names}
         for name in names:
             profile = self._config.profiles.get(name)
-            if profile is not None and profile.kind is Kind.FOLLOWED and not labels[name]:
+            followed = profile is not None and profile.kind is Kind.FOLLOWED
+            if followed and not outcomes.has_ours(broker.slots(name)):
                 raise outcomes.not_ours(name)
             broker.end(name, "revoked by request")
 

@@ -5,7 +5,7 @@ from typing import Any
 from keybroker.broker import Broker
 from keybroker.errors import KeybrokerError, SourceInvalid, SourceUnavailable
 from keybroker.journal import write_time
-from keybroker.slots import Key
+from keybroker.slots import Key, Slots
 
 TRIES = 2  # to reach a gateway, until who waits for it is told
 
@@ -45,6 +45,11 @@ def rotated(broker: Broker, name: str, old: Key | None) -> dict[str, Any]:
 def ours(broker: Broker, name: str) -> frozenset[str]:
     """Return the labels of a profile's keys that are not gone and ours to revoke."""
     return frozenset(key.label for key in broker.slots(name).keys if key.lease.revocable)
+
+
+def has_ours(slots: Slots) -> bool:
+    """Say whether anything may be alive that is ours to revoke."""
+    return any(key.lease.revocable for key in slots.keys) or bool(slots.open)
 
 
 def not_ours(name: str) -> KeybrokerError:

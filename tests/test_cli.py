@@ -526,6 +526,21 @@ def test_revoke_leaves_the_key_of_somebody_else_alone(cli: Cli) -> None:
     assert cli("get")[1] == "ollama\n"
 
 
+def test_revoke_and_its_dry_run_say_the_same_of_a_key_that_is_not_ours(cli: Cli) -> None:
+    """77, also where the profile minted once: the journal knows its name, and no key of it."""
+    cli("get")
+    cli("revoke", "work")
+    cli.configure(
+        f'[profiles.work]\nbase_url = "{cli.gateway.url}"\n'
+        '[profiles.work.source]\ntype = "static"\nplaceholder = "ollama"\n'
+    )
+
+    dry, real = cli("revoke", "--dry-run"), cli("revoke")
+
+    assert dry == real
+    assert (dry[0], "not ours to revoke" in dry[2]) == (77, True)
+
+
 def test_revoke_needs_no_configuration(cli: Cli) -> None:
     """The journal knows where the keys were minted and where the admin key is."""
     cli("get")

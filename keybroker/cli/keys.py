@@ -42,7 +42,7 @@ from keybroker.journal import Journal, decode_lease, read_time
 from keybroker.label import is_label, prefix
 from keybroker.pool import variables
 from keybroker.rotation import Kind
-from keybroker.slots import replay
+from keybroker.slots import Slots, replay
 
 ANSWER_SECONDS = 8.0  # after ten Claude Code says that a helper is slow
 AFTERWARDS_SECONDS = 2.0
@@ -329,7 +329,8 @@ def revoke_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
     else:
         chosen = [config.profile(profile).name]
     for name in chosen:
-        if name in config.profiles and not minted(config.profiles[name]) and name not in known:
+        followed = name in config.profiles and not minted(config.profiles[name])
+        if followed and not outcomes.has_ours(known.get(name, Slots())):
             raise outcomes.not_ours(name)
     if dry_run:
         doomed = [(name, key) for name in chosen if name in known for key in known[name].keys]
