@@ -341,6 +341,27 @@ def test_watch_shows_changes(running: Resident) -> None:
         assert process.wait(10) == -signal.SIGTERM
 
 
+def test_watch_says_that_the_daemon_ended(running: Resident) -> None:
+    """69, and what starts another: a terminal that shows nothing new is no news."""
+    running.key()
+    command = [sys.executable, "-c", "from keybroker.cli import main; main()"]
+    with subprocess.Popen(
+        [*command, "status", "--watch", "--json"],
+        env=running.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        json.loads(process.stdout.readline())
+        running.cli("daemon", "--stop")
+
+        assert process.wait(10) == 69
+        said = process.stderr.read()
+    assert said == "keybroker: the daemon ended\nhint: the next `keybroker get` starts one\n"
+
+
 # starting and ending
 
 

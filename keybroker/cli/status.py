@@ -72,6 +72,7 @@ def status_command(profile: str | None, watch: bool, lid: timedelta, as_json: bo
             sys.stdout.flush()
         except BrokenPipeError:
             return
+    raise NobodyAnswers("the daemon ended", hint="the next `keybroker get` starts one")
 
 
 def _standing(config: Config, profile: str | None) -> dict[str, Any]:
