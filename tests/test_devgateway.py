@@ -1091,7 +1091,8 @@ def test_the_command_serves_until_it_is_told_to_stop(end: signal.Signals) -> Non
     assert connection.getresponse().status == 200
     connection.close()
     process.send_signal(end)
-    assert process.communicate(timeout=5) == ("", "")
+    said = f'base_url = "{url}"\nadmin = {{ env = "KEYBROKER_DEVGATEWAY_MASTER_KEY" }}\n'
+    assert process.communicate(timeout=5) == ("", said)
     assert process.returncode == 0
 
 
@@ -1101,9 +1102,10 @@ def test_the_command_writes_the_master_key_to_a_private_file(tmp_path: Any) -> N
     for _ in range(2):
         process = run("--master-key-file", str(path))
         assert process.stdout is not None
-        process.stdout.readline()
+        url = process.stdout.readline().strip()
         process.terminate()
-        assert process.communicate(timeout=5) == ("", "")
+        said = f'base_url = "{url}"\nadmin = {{ file = "{path}" }}\n'
+        assert process.communicate(timeout=5) == ("", said)
         keys.append(path.read_text())
     assert path.stat().st_mode & 0o777 == 0o600
     assert keys[0].startswith("sk-")
@@ -1116,6 +1118,24 @@ def test_the_command_refuses_a_master_key_that_others_can_read(tmp_path: Any) ->
     path.chmod(0o644)
     out, err = run("--master-key-file", str(path)).communicate(timeout=5)
     assert (out, err) == ("", f"devgateway: others can read {path}\nhint: chmod 600 {path}\n")
+
+
+def test_the_command_says_what_is_in_its_way(tmp_path: Any) -> None:
+    """A folder that is not there, what is no file, and a port that somebody else has."""
+    path = tmp_path / "nowhere" / "admin-key"
+    process = run("--master-key-file", str(path))
+    assert process.communicate(timeout=5) == (
+        "",
+        f"devgateway: {path.parent} does not exist\nhint: mkdir -p {path.parent}\n",
+    )
+    err = run("--master-key-file", str(tmp_path)).communicate(timeout=5)[1]
+    assert err == f"devgateway: {tmp_path} cannot be used (Is a directory)\n"
+    with DevGateway() as other:
+        port = other.url.rpartition(":")[2]
+        process = run("--port", port, KEYBROKER_DEVGATEWAY_MASTER_KEY=MASTER)
+        said = f"devgateway: port {port} is in use\nhint: name another, or leave --port out\n"
+        assert process.communicate(timeout=5) == ("", said)
+    assert process.returncode == 78
 
 
 def test_the_command_needs_a_master_key() -> None:
