@@ -23,6 +23,7 @@ from keybroker.fields import (
     COMMAND,
     COUNT,
     DURATION,
+    GATEWAY,
     HEADERS,
     PATH,
     POINTER,
@@ -61,7 +62,12 @@ CACHE = {
     ),
 }
 PROFILE = {
-    "base_url": Field(URL, "Becomes ANTHROPIC_BASE_URL; any path in it is kept.", required=True),
+    "base_url": Field(
+        URL,
+        "Becomes ANTHROPIC_BASE_URL; any path in it is kept.",
+        required=True,
+        example=GATEWAY,
+    ),
     "helper_ttl": Field(
         DURATION, "How often Claude Code asks again.", default=timedelta(seconds=60)
     ),

@@ -21,6 +21,11 @@ UNITS = {
     "h": timedelta(hours=1),
     "d": timedelta(days=1),
 }
+GATEWAY, SERVER, SOCKET = (
+    '"https://llm.example.com"',
+    '"https://vault.example.com:8200"',
+    '"unix:/run/vault/agent.sock"',
+)
 TABLES = ("defaults", "cache", "vault", "aws", "profiles")  # at the top of a file, and nowhere else
 LOCAL = ("env", "file", "keyring", "command")  # what is read on this machine
 REFERENCES = (*LOCAL, "vault", "aws")
@@ -52,6 +57,7 @@ class Field:
     doc: str
     default: Any = None
     required: bool = False
+    example: str = ""
 
 
 def read_duration(value: Any) -> timedelta:
@@ -75,9 +81,9 @@ def show_duration(length: timedelta) -> str:
     return f"{length.total_seconds():.6f}".rstrip("0") + "s"
 
 
-def read_url(value: Any) -> str:
+def read_url(value: Any, example: str = GATEWAY) -> str:
     """Read an http or https address with a host; a user name or a password in it is refused."""
-    problem = 'expected an address such as "https://llm.example.com"'
+    problem = f"expected an address such as {example}"
     if not _text(value) or any(not "!" <= c <= "~" for c in value):
         raise ValueError(problem)
     try:
@@ -99,13 +105,13 @@ def read_url(value: Any) -> str:
 def read_address(value: Any) -> str:
     """Read an address, or the socket of an agent: unix:/run/vault/agent.sock."""
     if not _text(value) or not value.startswith("unix:"):
-        found = read_url(value)
+        found = read_url(value, f"{SERVER} or {SOCKET}")
         if found.endswith("/v1"):
             raise ValueError("expected an address without /v1 after it")
         return found
     path = value.removeprefix("unix:").removeprefix("//")
     if not path.startswith("/") or not all("!" <= c <= "~" for c in path):
-        raise ValueError('expected a path after unix:, such as "unix:/run/vault/agent.sock"')
+        raise ValueError(f"expected a path after unix:, such as {SOCKET}")
     return f"unix:{path}"
 
 
@@ -266,7 +272,10 @@ def read_table_of(
             except ValueError as error:
                 raise where.error((*path, name), str(error)) from None
         elif one.required:
-            raise where.error(path, f"has no {name}: {one.doc[0].lower()}{one.doc[1:]}")
+            what = f": {one.doc[0].lower()}{one.doc[1:]}"
+            if one.example:
+                what = f", such as {name} = {one.example}"
+            raise where.error(path, f"has no {name}{what}")
         else:
             values[name] = one.default
     return values
@@ -314,7 +323,7 @@ ADDRESS = Kind(
     read_address, {"type": "string", "pattern": "^(https?://[^/?#@]+(/[^?#]*)?|unix:(//)?/.+)$"}
 )
 ADDRESSES = Kind(
-    lambda value: tuple(read_url(one) for one in read_texts(value)),
+    lambda value: tuple(read_url(one, SERVER) for one in read_texts(value)),
     {"type": "array", "items": URL.schema},
 )
 

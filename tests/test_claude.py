@@ -416,7 +416,7 @@ def test_a_client_without_gateway_says_what_its_helper_says(
     assert answer.rc == 1
     [line] = answer.stderr.splitlines()
     host = nowhere.removeprefix("http://")
-    said = f"litellm: {host} could not be reached; keybroker source test work"
+    said = f"litellm: {host} could not be reached; is it running? see base_url"
     assert one_line(line) == said
     assert user.litellm.master_key not in answer.stdout + answer.stderr
     assert user.messages() == []
@@ -440,7 +440,7 @@ def test_a_failing_helper_fails_the_newest_client_within_seconds(user: User) -> 
     assert "Your apiKeyHelper script is failing" in answer.stdout
     lines = answer.stderr.splitlines()
     host = nowhere.removeprefix("http://")
-    said = f"litellm: {host} could not be reached; keybroker source test work"
+    said = f"litellm: {host} could not be reached; is it running? see base_url"
     assert [one_line(line) for line in lines] == [said] * 3
     assert user.litellm.master_key not in answer.stdout + answer.stderr
     sent = [(request.key_sha256, request.status) for request in user.messages()]

@@ -177,7 +177,7 @@ def test_get_without_gateway_and_key_is_later(cli: Cli) -> None:
 
     assert (status, stdout) == (75, "")
     host = cli.gateway.url.removeprefix("http://")
-    said = f"work: litellm: {host} could not be reached; keybroker source test work"
+    said = f"work: litellm: {host} could not be reached; is it running? see base_url"
     assert one_line(stderr) == said
 
 
@@ -873,6 +873,9 @@ def test_audit_tells_a_key_s_life(cli: Cli) -> None:
     assert len(text.splitlines()) == 4
     assert cli("audit", "--profile", "home")[1] == ""
     assert len(cli("audit", "--last", "2")[1].splitlines()) == 2
+    for last in ("x", "-1", "1.5"):
+        status, _, stderr = cli("audit", f"--last={last}")
+        assert (status, "expected a whole number\n" in stderr) == (2, True)
 
 
 def test_audit_verify_names_a_line_that_was_changed(cli: Cli) -> None:

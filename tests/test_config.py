@@ -175,7 +175,10 @@ def test_an_issuer_is_where_a_key_is_revoked(text: str, issuer: Issuer) -> None:
             "[profiles.Work]",
             "profiles.Work: a profile's name has lower-case letters, digits, - and _, at most 32",
         ),
-        ("[profiles.work]", "profiles.work: has no base_url: becomes ANTHROPIC_BASE_URL; "),
+        (
+            "[profiles.work]",
+            'profiles.work: has no base_url, such as base_url = "https://llm.example.com"',
+        ),
         (f"[profiles.work]\n{HEAD}", "profiles.work: has no [source] table"),
         (f"[profiles.work]\n{HEAD}source = 1", "profiles.work.source: expected a table"),
         (

@@ -176,7 +176,7 @@ def test_without_a_key_there_is_a_reason(resident: Resident) -> None:
     status, stdout, stderr = resident.helper()
     assert (status, stdout) == (75, "")
     assert stderr == (
-        "keybroker: work: litellm: 127.0.0.1:1 could not be reached; keybroker source test work\n"
+        "keybroker: work: litellm: 127.0.0.1:1 could not be reached; is it running? see base_url\n"
     )
 
 

@@ -374,6 +374,7 @@ def test_nobody_there_is_known(site: Site) -> None:
     error = fails(refused_url())
     assert (type(error), error.unknown) == (SourceUnavailable, False)
     assert error.message.endswith("could not be reached")
+    assert error.hint == "is it running? see base_url"
 
 
 def test_a_name_that_is_not_there_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,8 @@ from keybroker.sources.vault.login import (
 from keybroker.sources.vault.methods import METHODS
 from keybroker.sources.vault.server import Server
 from keybroker.values import replace
-from keybroker.vault import AUTH, Vault
+from keybroker.vault import AUTH, Vault, host_of
+from keybroker.wire import one_line
 from tests.scripted import (
     CANARY,
     DENIED,
@@ -887,6 +888,9 @@ def test_one_that_was_used_may_be_stolen(desks: Desks, wrapping: Script, path: s
     wrapping.says(path, refused(400, "wrapping token is not valid or does not exist"))
     error = fails(SourceDenied, desks(WRAPPED).read)
     assert "unwrapped before" in str(error.hint)
+    message = error.message.replace(host_of(wrapping.url), "vault-1.example.com:8200")
+    line = one_line(SourceDenied(f"profile-of-a-team: {message}", hint=error.hint))
+    assert line.endswith("wrap a new one"), "the helper's line is not cut"
 
 
 def test_another_wrapping_token_is_unwrapped(desks: Desks, wrapping: Script) -> None:

@@ -568,6 +568,7 @@ def test_a_socket_that_is_not_there_is_said(tmp_path: Path) -> None:
     error = failed(f"unix:{tmp_path}/none.sock", SourceUnavailable)
     gc.collect()
     assert error.message == f"vault: unix:{tmp_path}/none.sock: could not be reached"
+    assert error.hint == "is it running? see address in [vault]"
 
 
 def test_proxies_are_honoured(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:

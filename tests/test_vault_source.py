@@ -754,10 +754,11 @@ def test_a_reference_is_a_path_and_a_field(script: Script) -> None:
         found = read_reference(Reference("vault", path), vault, ENVIRONMENT, held)
         assert found == Secret(KEY)
     assert script.paths() == [SELF, KV2, KV1]
-    fails(
+    error = fails(
         SourceInvalid,
         lambda: read_reference(Reference("vault", f"{KV2}#none"), vault, ENVIRONMENT, held),
     )
+    assert error.hint == "it has key; see the part after #"
 
 
 def test_a_reference_to_a_dynamic_engine_leaves_no_lease_behind(script: Script) -> None:

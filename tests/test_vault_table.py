@@ -249,6 +249,7 @@ def test_a_reference_needs_the_table(kind: str) -> None:
         ({**TABLE, "namespace": "é"}, "vault.namespace: expected a name such as"),
         ({**TABLE, "namespace": "eng\n"}, "vault.namespace: expected a name such as"),
         ({**TABLE, "auth": {**APPROLE, "mount": "a?b"}}, "vault.auth.mount: expected a name"),
+        ({**TABLE, "address": "vault"}, 'such as "https://vault.example.com:8200" or "unix:/'),
         ({**TABLE, "nodes": ADDRESS}, "expected a list of texts"),
         ({**TABLE, "nodes": ["b.example.com"]}, "vault.nodes: expected an address"),
     ],

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from keybroker.audit import Audit
+from keybroker.cli.base import Count
 from keybroker.cli.work import state
 
 
@@ -14,7 +15,7 @@ from keybroker.cli.work import state
 @click.option("--profile", help="Only this profile.")
 @click.option(
     "--last",
-    type=click.IntRange(0),
+    type=Count(),
     default=50,
     show_default=True,
     help="How many lines; 0 for all.",

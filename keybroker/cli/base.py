@@ -98,6 +98,20 @@ class Duration(click.ParamType[timedelta]):
             self.fail(str(error), param, ctx)
 
 
+class Count(click.ParamType[int]):
+    """A whole number, from zero on."""
+
+    name = "count"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        text = str(value)
+        if not (text.isascii() and text.isdigit() and len(text) < 10):
+            self.fail("expected a whole number", param, ctx)
+        return int(text)
+
+
 def for_profile(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command take its profile as an argument or as --profile."""
 

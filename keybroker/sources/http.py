@@ -52,6 +52,7 @@ TLS = {
     "WRONG_VERSION_NUMBER": "speaks no TLS; its address may begin with http://",
     "RECORD_LAYER_FAILURE": "speaks no TLS; its address may begin with http://",
 }
+NO_NAME = "cannot be found by its name"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,7 @@ class Http:
         certificate: tuple[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
         seconds: float = 8.0,
+        setting: str = "base_url",
     ) -> None:
         """
         Say where calls go; nothing is opened before the first.
@@ -119,12 +121,14 @@ class Http:
             host: What messages call it, where that is not the host of the address.
             ca: A PEM file of authorities that are trusted beside the system's.
             certificate: PEM files of our certificate and of its key.
+            setting: Where the configuration has the address.
         """
         self.speaker = speaker
         self.until: float | None = None
         self.seconds = seconds
         self._socket = url.removeprefix("unix:") if url.startswith("unix:") else None
         self.url = "http://localhost" if self._socket else url
+        self._setting = setting
         self.host = host or urlsplit(url).netloc or url
         self._headers = {"user-agent": f"keybroker/{__version__}", **(headers or {})}
         self._ca = ca
@@ -256,8 +260,10 @@ class Http:
             elif isinstance(cause, ssl.SSLError):
                 words = next((w for r, w in TLS.items() if r in str(cause.reason)), words)
             elif isinstance(cause, socket.gaierror):
-                words = "cannot be found by its name"
+                words, hint = NO_NAME, f"see {self._setting}"
             cause = cause.__cause__ or cause.__context__
+        if known in (httpx.ConnectError, httpx.ConnectTimeout) and words == PROBLEMS[known][0]:
+            hint = f"is it running? see {self._setting}"
         return SourceUnavailable(
             f"{self.speaker}: {self.host} {words}", hint=hint, unknown=committed
         )

@@ -227,8 +227,7 @@ class Login:
     def _theft(self) -> SourceDenied:
         return SourceDenied(
             f"{self._who}: the wrapped secret_id is not what it should be",
-            hint="it was unwrapped before, has expired, or was made elsewhere: find out who had "
-            "it, end it, and have a new one wrapped",
+            hint="unwrapped before, expired or made elsewhere: find out who had it, wrap a new one",
         )
 
     def _begun(self, reply: Reply) -> Session:

@@ -68,16 +68,21 @@ class Place:
             raise self.nothing(path, reply, version)
         return data
 
-    def secret(self, path: str, field: str, data: Mapping[str, Any]) -> Secret:
+    def secret(
+        self, path: str, field: str, data: Mapping[str, Any], *, named_by: str = "field"
+    ) -> Secret:
         """
         Return what is in a field.
+
+        Args:
+            named_by: What of the configuration has the field's name.
 
         Raises:
             SourceInvalid: It is not there, or no key.
         """
         if field not in data:
             there = sorted(name for name in data if PLAIN_NAME.fullmatch(name))[:5]
-            hint = f"it has {', '.join(there)}; see field" if there else "see field"
+            hint = f"it has {', '.join(there)}; see {named_by}" if there else f"see {named_by}"
             raise self.invalid(path, f"has no field {field}", hint)
         if not isinstance(data[field], str):
             raise self.invalid(path, f"field {field} is no text")
@@ -153,7 +158,8 @@ def read_reference(
             error = place.refused(path, lease, "name a secret of KV; only those can be read so")
             error.unknown = error.over = False  # the gateway was not asked
             raise error
-        return place.secret(path, field, place.table(path, reply))
+        data = place.table(path, reply)
+        return place.secret(path, field, data, named_by="the part after #")
     finally:
         place.server.close()
 

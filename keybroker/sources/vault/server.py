@@ -63,6 +63,7 @@ class Server:
                 ca=vault.ca,
                 certificate=certificate,
                 seconds=seconds,
+                setting="address in [vault]",
             )
             for address in dict.fromkeys((vault.address, *vault.nodes))
         ]
