@@ -297,6 +297,9 @@ class Broker:
             elif known.profile != profile:
                 if known.profile is not None and known.profile.publish != profile.publish:
                     self._publish_elsewhere(known, profile.publish)
+                if known.policy.issuer != profile.issuer:  # what the other one said is over
+                    known.slots = replace(known.slots, trouble=None, withdrawn=False)
+                    known.tried_at = None
                 known.profile, known.policy = profile, profile.policy
                 known.slots = replace(known.slots, not_before=None, failures=0)
                 known.resting = known.patient = False

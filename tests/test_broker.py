@@ -1042,6 +1042,23 @@ def test_a_followed_profile_that_names_another_source_has_it_read_at_once(host: 
     assert host.owner.reads == 2
 
 
+@pytest.mark.parametrize("kind", ["minting", "following"])
+def test_what_another_source_said_is_not_told_of_this_one(host: Host, kind: str) -> None:
+    """From the moment that the profile names another; what is mended otherwise stays to be seen."""
+    profile = at(ONE) if kind == "minting" else following()
+    host.start(profile)
+    trouble = Trouble("denied", "vault: the token may not read it")
+    failed = replace(Slots(), trouble=trouble, failures=3, withdrawn=True)
+    host.broker._profiles["work"].slots = failed
+    host.broker.configure([replace(profile, helper_ttl=2 * profile.helper_ttl)])
+    assert host.broker.slots("work").trouble == trouble
+    host.broker.configure([at(TWO) if kind == "minting" else following(base_url=TWO)])
+
+    slots = host.broker.slots("work")
+    assert (slots.trouble, slots.failures, slots.withdrawn) == (None, 0, False)
+    assert host.broker.why_not("work").message == "work: no key yet"
+
+
 def test_a_key_that_is_to_end_is_handed_out_no_more(host: Host) -> None:
     """From the moment that somebody asked for it, before anything was written down."""
     minted(host)
