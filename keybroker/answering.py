@@ -83,7 +83,7 @@ class Answers:
         self._waiting: dict[str, list[_Waiting]] = {}
         self._jobs: list[Job] = []
         self._checked: dict[str, float] = {}
-        self._given: dict[tuple[str, str, int, int, str], int] = {}
+        self._given: dict[tuple[str, str, int, int, str], tuple[int, float, float]] = {}
         self._audit_at = 0.0
 
     # requests
@@ -183,11 +183,10 @@ class Answers:
         if not self._given:
             return
         given, self._given = self._given, {}
-        at = write_time(datetime.now(UTC))
         lines: list[dict[str, str | int]] = []
-        for (name, fingerprint, uid, pid, program), count in given.items():
+        for (name, fingerprint, uid, pid, program), (count, first, last) in given.items():
             line: dict[str, str | int] = {
-                "at": at,
+                "at": _written(first),
                 "event": "given",
                 "profile": name,
                 "fingerprint": fingerprint,
@@ -195,7 +194,9 @@ class Answers:
                 "pid": pid,
                 "program": program,
             }
-            lines.append(line if count == 1 else {**line, "times": count})
+            if count > 1:
+                line.update(times=count, until=_written(last))
+            lines.append(line)
         self._audit.add(*lines)
 
     def give_up(self, problem: KeybrokerError) -> None:
@@ -222,7 +223,8 @@ class Answers:
         if not self._given:
             self._audit_at = time.monotonic() + AUDIT_SECONDS
             self.stirred = True
-        self._given[asker] = self._given.get(asker, 0) + 1
+        count, first, _ = self._given.get(asker, (0, now, now))
+        self._given[asker] = (count + 1, first, now)
         return wire.ok(found.secret.reveal())
 
     def _suspicious(self, asked: wire.Asked, name: str, session: Session, found: Handout) -> bool:
@@ -294,6 +296,10 @@ class Answers:
             return False
         job.client.send(wire.told(found) if job.lasts else wire.answer(found), last=not job.lasts)
         return True
+
+
+def _written(seconds: float) -> str:
+    return write_time(datetime.fromtimestamp(seconds, UTC))
 
 
 def _other_version() -> KeybrokerError:

@@ -6,16 +6,39 @@ import errno
 import os
 import subprocess
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from keybroker.answering import Answers
 from keybroker.audit import KEPT, LARGEST, Audit, asker
+from keybroker.config import Config
+from keybroker.credential import Secret
 from keybroker.errors import JournalError
+from keybroker.handout import Handout
+from keybroker.journal import write_time
 from keybroker.paths import AUDIT, Disk
+from keybroker.push import SettingsFiles
 
 NOON = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
+
+
+def test_a_line_for_several_says_from_when_to_when(tmp_path: Path) -> None:
+    """It is written a moment later, when the key may have been revoked already."""
+    audit = Audit(tmp_path)
+    answers = Answers(Config({}, None, "file", ()), audit, SettingsFiles(tmp_path), {})
+    key = Handout(Secret("sk-0123456789"), None, 0.0, 0.0)
+    for seconds in (0.0, 1.0, 1.5):
+        answers._give("work", key, None, 1000, NOON.timestamp() + seconds)
+    answers._give("home", key, None, 1000, NOON.timestamp() + 2)
+    answers.write_audit()
+
+    found = [[line.get(name) for name in ("at", "times", "until")] for line in audit.read()]
+    assert found == [
+        [write_time(NOON), 3, write_time(NOON + timedelta(seconds=1.5))],
+        [write_time(NOON + timedelta(seconds=2)), None, None],
+    ]
 
 
 def test_a_line_says_who_was_given_what(tmp_path: Path) -> None:
