@@ -17,10 +17,10 @@ from typing import Any
 import click
 import pytest
 
-from keybroker import client, daemon, guidance, paths, push, server, sessions, starting, wire
+from keybroker import aws, client, daemon, guidance, paths, push, server, sessions, starting, wire
 from keybroker.cli.base import COMMANDS, keybroker
 from keybroker.cli.status import NATIVE, helper_line
-from keybroker.config import CACHE, GENERAL, PROFILE, SOURCES, parse
+from keybroker.config import CACHE, GENERAL, PROFILE, PUBLISH, SOURCES, parse
 from keybroker.devgateway import DevGateway
 from keybroker.document import Where
 from keybroker.errors import CLASSES
@@ -95,6 +95,13 @@ HEADINGS: dict[str, Mapping[str, Field]] = {
         }
         for kind, fields in SOURCES.items()
     },
+    **{
+        f'`[profiles.<name>.publish]` with `to = "{kind}"`': {
+            name: one for name, one in fields.items() if name not in PLACE or kind != "vault"
+        }
+        for kind, fields in PUBLISH.items()
+    },
+    "`[aws]`": aws.PLACE,
     "`[vault]`": PLACE,
     **{f'`[vault.auth]` with `method = "{method}"`': one for method, one in AUTH.items() if one},
 }
