@@ -211,6 +211,20 @@ def mutate(name: str) -> None:
             make(self, state, environment, None, *rest)
 
         pool.Pool.__init__ = make_without  # type: ignore[method-assign,assignment]
+    elif name == "others are not asked":
+        broker.Broker._can_recover = lambda self, at_work, key: False  # type: ignore[method-assign]
+        broker._may_be_read = lambda at_work, key: False
+    elif name == "no compare-and-swap":
+        from keybroker.sources.aws import store as at_aws
+        from keybroker.sources.vault.store import VaultStore
+
+        move, promote = at_aws.move_current, VaultStore.promote
+        at_aws.move_current = lambda kept, version, base: move(
+            kept, version, kept.describe().current
+        )
+        VaultStore.promote = lambda self, label, credential, base: promote(  # type: ignore[method-assign]
+            self, label, credential, self.standing()
+        )
     elif name == "answer before the seal":
         settled = broker.Broker.credential
 
