@@ -230,8 +230,9 @@ class Http:
             try:  # with a password, so that nobody is asked for one on a terminal
                 context.load_cert_chain(certificate, key, password="")
             except (OSError, ssl.SSLError):
+                both = certificate if key == certificate else f"{certificate} and {key}"
                 raise ConfigError(
-                    f"{self.speaker}: {certificate} and {key} are not a certificate and its key",
+                    f"{self.speaker}: not a certificate and its key: {both}"[:200],
                     hint="two PEM files that belong together, the key without a password",
                 ) from None
         return context
