@@ -124,7 +124,9 @@ def files(environment: Mapping[str, str]) -> list[str]:
         os.path.join(home, "sso", "cache"),
         environment.get("AWS_LOGIN_CACHE_DIRECTORY") or os.path.join(home, "login", "cache"),
     ]
+    identity = environment.get("AWS_WEB_IDENTITY_TOKEN_FILE")
     return [
+        *([identity] if identity else []),
         environment.get("AWS_CONFIG_FILE") or os.path.join(home, "config"),
         environment.get("AWS_SHARED_CREDENTIALS_FILE") or os.path.join(home, "credentials"),
         *folders,  # their times change when what is in them is replaced

@@ -677,8 +677,11 @@ def test_files_that_a_sign_in_writes_are_watched(
     (folder / "a.json").write_text("{}")
     (folder / "b.tmp").write_text("")
     monkeypatch.setenv("HOME", str(home.path))
-    found = accounts.files({"AWS_CONFIG_FILE": "/elsewhere/config"})
+    found = accounts.files(
+        {"AWS_CONFIG_FILE": "/elsewhere/config", "AWS_WEB_IDENTITY_TOKEN_FILE": "/var/token"}
+    )
     assert found == [
+        "/var/token",
         "/elsewhere/config",
         "~/.aws/credentials",
         "~/.aws/sso/cache",
@@ -715,14 +718,13 @@ def test_moto_is_read_as_ministack_is(desk: Desk, moto: Moto) -> None:
     assert "there is no such secret" in desk.error().message
 
 
-def test_moto_s_refusals_have_no_code(desk: Desk, moto: Moto) -> None:
-    """XML with 403, of which botocore makes the code 403: a denial like any other."""
+def test_moto_s_refusals_are_not_aws_s(desk: Desk, moto: Moto) -> None:
+    """XML with 403, of which botocore makes the code 403. AWS answers 400 with a code."""
     body = (
         b"<ErrorResponse><Errors><Error><Code>AccessDenied</Code></Error></Errors></ErrorResponse>"
     )
-    keys = moto.environment()
-    desk.variables |= {k: v for k, v in keys.items() if "KEY" in k}
+    desk.variables |= {k: v for k, v in moto.environment().items() if "KEY" in k}
     desk.front.fault(Status(403, {"content-type": "text/xml"}, body), "DescribeSecret")
-    error = desk.error()
-    assert type(error) is SourceDenied
-    assert "may not DescribeSecret" in error.message
+    assert desk.error().message.endswith("answers 403, but not as AWS does")
+    desk.front.fault(refusal("AccessDeniedException"), "DescribeSecret")
+    assert desk.error().message.endswith(":root may not DescribeSecret")

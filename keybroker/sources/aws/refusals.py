@@ -154,7 +154,7 @@ EXCEPTIONS: dict[type[Exception], Problem] = {
     problems.UnsupportedSignatureVersionError: Problem(ConfigError, _VALUE, _CONFIG),
     problems.ServiceNotInRegionError: Problem(ConfigError, "has no endpoint there", _ENDPOINT),
     problems.DataNotFoundError: Problem(
-        ConfigError, "this boto3 does not know the service", "see data_path and AWS_DATA_PATH"
+        ConfigError, "this boto3 does not know the service", "see data_path in ~/.aws/config"
     ),
     problems.ApiVersionNotFoundError: Problem(
         ConfigError, "this boto3 does not know the service", "see api_versions in ~/.aws/config"
@@ -273,9 +273,9 @@ def of_exception(error: Exception) -> Problem:
 
 
 def is_denial(code: str, status: int) -> bool:
-    """Tell a policy's no from all others; some answer it without a code that botocore knows."""
+    """Tell a policy's no from all others; one without a code of AWS's is a proxy's."""
     return code in ("AccessDeniedException", "AccessDenied") or (
-        status == 403 and code in ("403", "ForbiddenException", "UnauthorizedException")
+        status == 403 and code in ("ForbiddenException", "UnauthorizedException")
     )
 
 
