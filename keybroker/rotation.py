@@ -20,6 +20,7 @@ SECOND_REFUSAL_AFTER = timedelta(seconds=1)
 LOOK_UPS = (timedelta(seconds=5), timedelta(seconds=60), timedelta(minutes=10), timedelta(hours=1))
 MOVED = "the profile names another source now"
 BEATEN = "another one was published first"
+AGED = "it aged before it was verified"
 ELSEWHERE = "keys are published elsewhere now"
 ENDED_AFTER = timedelta(minutes=1)  # its end, by a gateway whose clock is a little behind
 RETRY_MAX = timedelta(minutes=5)
@@ -325,7 +326,11 @@ def _candidates(slots: Slots, policy: Policy, now: datetime) -> Iterator[tuple[d
     if current is not None and not fits(current, policy):
         yield current.not_before or now, Retire(current.label, MOVED)
     if slots.next is not None:
-        yield _step_for_new(slots, slots.next, policy, now)
+        due, step = _step_for_new(slots, slots.next, policy, now)
+        yield due, step
+        aged = _aged_at(slots.next, policy)
+        if aged is not None and not isinstance(step, Retire):
+            yield max(aged, slots.next.not_before or aged), Retire(slots.next.label, AGED, bad=True)
     for open_ in slots.open:
         yield _look_up(open_, policy, now)
     if current is not None and current.refused_at is None and usable(current, policy, now):
@@ -354,10 +359,9 @@ def _step_for_new(slots: Slots, new: Key, policy: Policy, now: datetime) -> tupl
         if policy.kind is Kind.MINTED and expires - new.lease.issued_at < 2.5 * policy.hold:
             why = "the gateway gave it a shorter life than three holds"
             return new.not_before or now, Retire(new.label, why, bad=True)
-        if now >= new.lease.issued_at + (expires - new.lease.issued_at) / 2:
-            return new.not_before or now, Retire(
-                new.label, "it aged before it was verified", bad=True
-            )
+    aged = _aged_at(new, policy)
+    if aged is not None and now >= aged:
+        return new.not_before or now, Retire(new.label, AGED, bad=True)
     if policy.publishes and not new.staged:
         return new.not_before or now, Stage(new.label)
     if not policy.verify or (
@@ -375,6 +379,14 @@ def _step_for_new(slots: Slots, new: Key, policy: Policy, now: datetime) -> tupl
         return new.not_before or now, Publish(new.label)
     due = new.next_look or now
     return max(due, new.not_before or due), Verify(new.label)
+
+
+def _aged_at(new: Key, policy: Policy) -> datetime | None:
+    """Return when a new key has too little of its life left to be handed out."""
+    expires = new.lease.expires_at
+    if not policy.kind.ours or expires is None:
+        return None
+    return new.lease.issued_at + (expires - new.lease.issued_at) / 2
 
 
 def _look_up(open_: Open, policy: Policy, now: datetime) -> tuple[datetime, Step]:

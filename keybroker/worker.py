@@ -193,6 +193,13 @@ class Operations:
         secret = perform("recover", lambda: self._store(profile).recover(label))
         return {"secret": None if secret is None else secret.reveal()}
 
+    def published(self, profile: Profile) -> dict[str, Any]:
+        """Look at where keys are published, as for one that was lost; nothing is written."""
+        store = self._store(profile)
+        version = store.standing()
+        store.recover(f"{profile.name}-never-was")
+        return {"version": version}
+
     def verify(self, profile: Profile, secret: Secret) -> dict[str, Any]:
         """Look at the gateway once with a key."""
         verdict = perform("verify", lambda: self._source(profile).verify(secret))

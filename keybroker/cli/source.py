@@ -34,7 +34,8 @@ def test(profile: str | None, as_json: bool) -> None:
     """Mint a key at PROFILE's source, verify it, find it, revoke it, and see it refused.
 
     Says which step fails and what was seen. The key is of its own: the current one is not touched.
-    A source whose keys somebody else rotates is read and verified.
+    A source whose keys somebody else rotates is read and verified. Where keys are published is read
+    too; nothing is written there.
     """
     config = configuration()
     wanted = config.profile(profile)
@@ -54,6 +55,8 @@ def test(profile: str | None, as_json: bool) -> None:
 
 def _whole_life(at: Desk, profile: Profile, report: "_Report") -> None:
     report.step("keep", lambda: _keep(at))
+    if profile.publish is not None:  # before there is a key that could not be published
+        report.step("publish", lambda: _published(at, profile))
     label = new_label(at.instance, profile.name, Clock().read().wall)
     credential = report.step("issue", lambda: _issue(at, profile, label))
     try:
@@ -101,6 +104,14 @@ def _keep(at: Desk) -> tuple[None, str]:
             hint=CANNOT_KEEP,
         )
     return None, f"sealed with the {at.wrap_key.origin}"
+
+
+def _published(at: Desk, profile: Profile) -> tuple[None, str]:
+    assert profile.publish is not None
+    there = profile.publish.issuer
+    seen = at.call(profile, "published", SECONDS, at=there, profile=profile)
+    version = f"version {seen['version']}" if seen["version"] else "no version yet"
+    return None, f"{version} at {there}; whether we may write is not tried"
 
 
 def _issue(at: Desk, profile: Profile, label: str) -> tuple[Credential, str]:

@@ -39,16 +39,27 @@ class Desk:
     lost: list[str]  # what the cache could not give, in words
 
     def call(
-        self, profile: Profile, op: str, seconds: float, /, **values: Any
+        self,
+        profile: Profile,
+        op: str,
+        seconds: float,
+        /,
+        *,
+        at: Issuer | None = None,
+        **values: Any,
     ) -> Mapping[str, Any]:
         """
         Have one operation done at a profile's source, and wait.
 
+        Args:
+            at: Somewhere else that is asked for it.
+
         Raises:
             KeybrokerError: What the worker answered, or that it died.
         """
-        session = self.broker.session(profile.issuer)
-        answer = self.pool.ask(profile.type, op, seconds, session=session, **values)
+        issuer = at or profile.issuer
+        session = self.broker.session(issuer)
+        answer = self.pool.ask(issuer.type, op, seconds, session=session, **values)
         self.broker.hold(answer.sessions)
         if answer.error is not None:
             raise answer.error

@@ -79,6 +79,10 @@ class AwsPlace:
     def fault(self, effect: str, fault: Fault, times: int = 1) -> Armed:
         return self._front.fault(fault, self.CALLS[effect], secret=self.name, times=times)
 
+    def labels(self) -> Mapping[str, str]:
+        """Return the versions by their labels."""
+        return self._aws.labels(self.name)
+
     def note(self, text: str) -> None:
         self._aws.put(self.name, json.dumps({**self.read(), "note": text}))
 
