@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,9 @@ import botocore.credentials
 import botocore.discovery
 import botocore.exceptions as problems
 import botocore.httpsession
+import botocore.loaders
 import botocore.parsers
+import botocore.session
 import botocore.tokens
 import pytest
 
@@ -52,6 +55,15 @@ from tests.servers.faults import (
 from tests.servers.vault import OpenBao
 
 pytestmark = pytest.mark.servers
+
+
+@pytest.fixture(scope="module", autouse=True)
+def models() -> Iterator[None]:
+    """Have botocore read its descriptions of services once, not for each client."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(botocore.session, "create_loader", cache(botocore.loaders.create_loader))
+        yield
+
 
 CANARY = f"canary-{secrets.token_hex(16)}"
 WHO = f"aws: the default profile, {REGION}: "

@@ -7,9 +7,12 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import botocore.loaders
+import botocore.session
 import pytest
 
 from keybroker import aws as accounts
@@ -27,6 +30,15 @@ from tests.servers.awsfaults import Dated, Front, refusal
 from tests.servers.faults import Exchange, Fault, Html, PassThrough, Status
 
 pytestmark = pytest.mark.servers
+
+
+@pytest.fixture(scope="module", autouse=True)
+def models() -> Iterator[None]:
+    """Have botocore read its descriptions of services once, not for each client."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(botocore.session, "create_loader", cache(botocore.loaders.create_loader))
+        yield
+
 
 KEY = f"sk-canary-{secrets.token_hex(16)}"
 
