@@ -8,7 +8,9 @@ import json
 import os
 import re
 import secrets
+import subprocess
 import tomllib
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from datetime import timedelta
@@ -28,8 +30,10 @@ from keybroker.errors import SourceDenied
 from keybroker.sources import Source
 from keybroker.sources.aws.account import Account
 from keybroker.sources.held import Held
-from tests.servers.aws import REGION, Aws, Keys
+from tests.resident import Home
+from tests.servers.aws import REGION, Aws, Keys, allow
 from tests.servers.awsfaults import Front
+from tests.servers.sso import Sso
 from tests.servers.vault import OpenBao
 from tests.test_docs import ROOT, blocks
 
@@ -410,6 +414,69 @@ def test_every_profile_of_aws_s_can_be_read(place: Place, text: str) -> None:
     assert work.get("source_profile", "work") in config["profiles"]
     assert {work.get("sso_session", "corp")} <= {"corp", *config.get("sso_sessions", {})}
     assert {"credential_process", "role_arn", "sso_session"} & set(work)
+
+
+def minted(gateway: DevGateway) -> str:
+    """Mint a key as somebody does who keeps it at AWS."""
+    request = urllib.request.Request(
+        f"{gateway.url}/key/generate",
+        b'{"duration": "1h"}',
+        {"authorization": f"Bearer {gateway.master_key}", "content-type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=10) as reply:
+        key: str = json.load(reply)["key"]
+        return key
+
+
+@pytest.mark.parametrize("way", ["A sign-in", "A program", "A role"])
+def test_who_we_are_by_the_files_of_the_page(
+    place: Place, home: Home, sso: Sso, aws_role: str, way: str
+) -> None:
+    """As each is written there, `keybroker get` finds out who we are, and reads the key."""
+    key = minted(place.gateway)
+    place.put("key", json.dumps({"key": key}))
+    [config] = blocks(section("In two minutes"), "toml")
+    file = home.path / ".config/keybroker/config.toml"
+    file.parent.mkdir(mode=0o700)
+    file.write_text(f'[cache]\nkey = "file"\n{place.here(config)}')
+
+    aws_own = home.path / ".aws"
+    if way == "A sign-in":
+        sso.write(home.path)  # what `aws sso login` leaves
+    aws_own.mkdir(exist_ok=True)
+    [text] = blocks(section(way), "ini")
+    text = place.here(text).replace("role/llm-reader", "role/" + aws_role.rpartition("/")[2])
+    text = text.replace("sso_role_name = llm-reader", f"sso_role_name = {sso.role}")
+    text = text.replace("/usr/local/bin", str(home.path))
+    (aws_own / "config").write_text(text)
+    me = place.aws.user(f"me-{secrets.token_hex(4)}", allow("sts:AssumeRole"))
+    (aws_own / "credentials").write_text(
+        f"[me]\naws_access_key_id = {me.access_key}\naws_secret_access_key = {me.secret_key}\n"
+    )
+    keys = place.aws.session(aws_role)
+    said = {
+        "Version": 1,
+        "AccessKeyId": keys.access_key,
+        "SecretAccessKey": keys.secret_key,
+        "SessionToken": keys.session_token,
+    }
+    program = home.path / "print-aws-credentials"
+    program.write_text(f"#!/bin/sh\ncat <<'EOF'\n{json.dumps(said)}\nEOF\n")
+    program.chmod(0o700)
+    done = subprocess.run(
+        ["keybroker", "get", "--no-start", "work"],
+        env={
+            **home.environment,
+            "AWS_ENDPOINT_URL": place.front.url,
+            "AWS_ENDPOINT_URL_SSO": sso.url,
+            "AWS_ENDPOINT_URL_SSO_OIDC": sso.url,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        },
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert (done.stdout, done.stderr) == (f"{key}\n", "")
 
 
 def test_every_variable_is_named() -> None:
