@@ -318,6 +318,26 @@ def test_a_key_whose_replacement_is_gone_first_stays_retired(tmp_path: Path) -> 
     assert after == before
 
 
+def test_what_is_known_of_a_key_that_is_published_is_kept(tmp_path: Path) -> None:
+    """What stood there before it, and that another took the place of one that was lost."""
+    records = [
+        *(record(0, Event.WANTED, "a"), record(1, Event.HAVE, "a")),
+        record(2, Event.STAGED, "a"),
+        record(3, Event.RETIRED, "a", revoke_at=NOON + timedelta(hours=9), why="lost"),
+        *(record(4, Event.WANTED, "b"), record(5, Event.HAVE, "b")),
+        record(6, Event.STAGED, "b", why="6d0f3c1e"),
+        record(7, Event.SWAP, "b"),
+        *(record(8, Event.WANTED, "c"), record(9, Event.GONE, "c")),
+    ]
+
+    before, after = survives(tmp_path, records)
+
+    keys = after["work"]["all"]
+    assert {label: one[1].base for label, one in keys.items()} == {"a": "", "b": "6d0f3c1e"}
+    assert keys["a"][1].revoke_at < NOON + timedelta(hours=9)
+    assert after == before
+
+
 @st.composite
 def histories(draw: st.DrawFn) -> list[Record]:
     """Draw what may happen to a few keys: mostly what can, now and then what should not."""

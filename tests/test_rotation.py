@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from keybroker import rotation
 from keybroker.credential import Issuer, Lease, Look, Phase, Reference, Verdict
 from keybroker.rotation import (
+    AGED,
+    BEATEN,
     MOVED,
     Issue,
     Kind,
@@ -21,6 +23,7 @@ from keybroker.rotation import (
     Retire,
     Revoke,
     Settle,
+    Stage,
     Step,
     Verify,
     Wait,
@@ -424,6 +427,49 @@ def test_step_for_a_new_key(slots: Slots, expected: Step) -> None:
 def test_a_new_key_is_published_untried_where_looks_are_off() -> None:
     """`verify = "none"`: that is what was asked for."""
     assert next_step(new(key("kb-2")), replace(MINTED, verify=False), NOW) == Publish("kb-2")
+
+
+PUBLISHING = replace(MINTED, publishes=True)
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        pytest.param(key("kb-2"), Stage("kb-2"), id="minted"),
+        pytest.param(key("kb-2", base="v-1"), Stage("kb-2"), id="begun, and not known to be there"),
+        pytest.param(key("kb-2", base="", staged=True), Verify("kb-2"), id="there"),
+        pytest.param(
+            looked("kb-2", ALIVE, 1, SECOND, base="v-1", staged=True), Publish("kb-2"), id="alive"
+        ),
+        pytest.param(
+            looked("kb-2", ALIVE, 1, SECOND, base="v-1", staged=True, beaten=BEATEN),
+            Retire("kb-2", BEATEN, bad=True),
+            id="another was first",
+        ),
+    ],
+)
+def test_step_for_a_new_key_that_is_published(made: Key, expected: Step) -> None:
+    """It is put beside what others read before it is tried, so that it can be found again."""
+    assert next_step(new(made, replace(FRESH, base="v-0")), PUBLISHING, NOW) == expected
+
+
+def test_a_key_that_was_never_published_is_replaced_at_once() -> None:
+    """Others read what is there, which is none of ours yet; after that, as everywhere."""
+    assert next_step(Slots(current=FRESH), PUBLISHING, NOW) == Issue()
+    there = Slots(current=replace(FRESH, base=""))
+    assert isinstance(next_step(there, PUBLISHING, NOW), Wait)
+
+
+def test_a_new_key_that_stays_undecided_is_given_up_when_it_has_aged() -> None:
+    """At half of its life, and not when it would have been looked at again."""
+    made = looked("kb-2", UNDECIDED, 3, HOUR, next_look=NOW + 6 * HOUR)
+    found = next_step(new(made, FRESH), MINTED, NOW)
+    assert found == Wait(NOW + 6 * HOUR)
+    older = replace(made, next_look=NOW + 7 * HOUR)
+    aged = new(older, FRESH)
+    assert next_step(aged, MINTED, NOW) == Wait(NOW + 6 * HOUR)
+    later = NOW + 6 * HOUR
+    assert next_step(aged, MINTED, later) == Retire("kb-2", AGED, bad=True)
 
 
 def test_a_followed_key_of_any_life_is_looked_at() -> None:

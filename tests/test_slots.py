@@ -177,6 +177,47 @@ def test_a_new_key_whose_process_ended_is_retired_by_the_next() -> None:
     assert (lost.label, lost.revoke_at, lost.why) == ("a", NOON + MINUTE, "never handed out")
 
 
+def staged(label: str, base: str = "v-1", at: datetime = NOON) -> Record:
+    return Record(at, Event.STAGED, "work", label, why=base)
+
+
+@pytest.mark.parametrize("base", ["v-1", ""])
+def test_staged_says_what_the_key_is_to_take_the_place_of(base: str) -> None:
+    """Nothing may be what stands there, which is not the same as nothing being begun."""
+    slots = known(wanted("a"), have("a"), staged("a", base))
+    assert slots.next == key("a", base=base)
+    assert known(staged("a")) == Slots()
+
+
+def test_a_new_key_that_others_may_read_is_kept_until_its_end() -> None:
+    """Its process ended, and nobody knows whether it is what is published."""
+    slots = known(wanted("a"), have("a"), staged("a"), wanted("b"), have("b", NOON + MINUTE))
+    [lost] = slots.retired
+    assert (lost.label, lost.revoke_at, lost.why) == ("a", NOON + LIFETIME, "never handed out")
+
+
+LOST = (wanted("a"), have("a"), staged("a"), retired("a", revoke_at=NOON + LIFETIME))
+
+
+def test_a_key_that_others_may_read_has_its_hold_after_the_next_is_published() -> None:
+    """By the clocks of that moment; the hold is what the swap says, else its own."""
+    published = (*LOST, wanted("b"), have("b"), staged("b", "v-2"))
+    [old] = known(*published, swap("b", NOON + HOUR, boot=9.0, boot_id="boot 1")).retired
+    assert (old.revoke_at, old.why) == (NOON + HOUR + HOLD, "lost")
+    assert old.retired == Instant(NOON + HOUR, 9.0, "boot 1")
+    [longer] = known(*published, swap("b", NOON + HOUR, revoke_at=NOON + 2 * HOUR)).retired
+    assert longer.revoke_at == NOON + 2 * HOUR
+
+
+def test_a_key_that_is_not_published_changes_nothing_for_others() -> None:
+    """Nor does one that is shorten what has less time left."""
+    [old] = known(*LOST, wanted("b"), have("b"), swap("b", NOON + HOUR)).retired
+    assert old.revoke_at == NOON + LIFETIME
+    soon = (*LOST[:-1], retired("a", revoke_at=NOON + MINUTE), wanted("b"), have("b"))
+    [old] = known(*soon, staged("b"), swap("b")).retired
+    assert old.revoke_at == NOON + MINUTE
+
+
 def test_numbers_that_the_record_lacks_are_none() -> None:
     """A journal without lifetime and hold still knows the label."""
     [one] = known(wanted("a", lifetime=None, hold=None)).open
