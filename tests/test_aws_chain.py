@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import secrets
+import subprocess
 import sys
+import termios
 import time
 from base64 import b64encode
 from collections.abc import Iterator
@@ -21,7 +25,7 @@ from keybroker.config import Config, Profile
 from keybroker.credential import Secret, Session
 from keybroker.errors import ConfigError, KeybrokerError, SourceDenied, SourceUnavailable
 from keybroker.pool import Answer, Pool, variables
-from keybroker.worker import decode_credential
+from keybroker.worker import decode_credential, encode_profile
 from tests.contracts import check_silent, entry
 from tests.resident import Home
 from tests.servers.aws import REGION, Aws, Keys, allow
@@ -418,6 +422,35 @@ def test_roles_in_a_row(desk: Desk, aws_role: str, assumer: Keys) -> None:
     desk.front.fault(refusal("AccessDenied", KEY, 403, sts=True), "AssumeRole")
     error = desk.error(profile="far")
     assert error.message.endswith("its credentials may not assume a role")
+
+
+def test_nobody_is_asked_for_a_code_of_a_second_factor(
+    desk: Desk, aws_role: str, assumer: Keys
+) -> None:
+    """Neither at the terminal, if there is one, nor at all; the role is not tried without."""
+    more = "mfa_serial = arn:aws:iam::123456789012:mfa/alice\n"
+    desk.config(assuming(aws_role, more), keys_of(assumer, "base"))
+    controller, terminal = os.openpty()
+    profile = desk.profile(profile="corp")
+    message = {"id": 1, "op": "poll", "profile": encode_profile(profile), "lease": None}
+    with subprocess.Popen(
+        [sys.executable, "-I", "-m", "keybroker.worker", str(os.getpid()), str(desk.home.path)],
+        env={**desk.home.environment, **desk.variables},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=terminal,
+        preexec_fn=lambda: (os.setsid(), fcntl.ioctl(2, termios.TIOCSCTTY, 0)),
+    ) as worker:
+        said, _ = worker.communicate(json.dumps(message).encode() + b"\n", timeout=20)
+    os.close(terminal)
+    os.set_blocking(controller, False)
+    with pytest.raises(OSError, match="Input/output error"):
+        assert os.read(controller, 100) == b"", "somebody was asked"
+    os.close(controller)
+    error = json.loads(said)["error"]
+    assert error["code"] == "denied"
+    assert error["message"].endswith("its role wants a code of a second factor")
+    assert desk.front.count() == 0
 
 
 STS: dict[str, tuple[Any, type[KeybrokerError], str]] = {

@@ -106,8 +106,15 @@ class Program(subprocess.Popen[bytes]):
             raise problems.CredentialRetrievalError(provider="late-process", error_msg="") from None
 
 
-# botocore looks its provider up when it makes a chain, and would start it without such limits.
-botocore.credentials.ProcessProvider = partial(botocore.credentials.ProcessProvider, popen=Program)
+def no_code(_: str) -> str:
+    """Stand in for who would ask at the terminal for a code of a second factor."""
+    raise problems.RefreshWithMFAUnsupportedError()
+
+
+# botocore looks these up when it makes a chain; as it has them, they wait without an end and ask.
+_chain = botocore.credentials
+_chain.ProcessProvider = partial(_chain.ProcessProvider, popen=Program)
+_chain.AssumeRoleProvider = partial(_chain.AssumeRoleProvider, prompter=no_code)
 botocore.utils.ContainerMetadataFetcher.RETRY_ATTEMPTS = 1
 
 

@@ -101,7 +101,9 @@ EXCEPTIONS: dict[type[Exception], Problem] = {
     ),
     problems.UnknownTokenProviderError: Problem(ConfigError, "its profile is not valid", _CONFIG),
     problems.RefreshWithMFAUnsupportedError: Problem(
-        SourceDenied, "its role wants a code of a second factor", "use a role that does not"
+        SourceDenied,
+        "its role wants a code of a second factor",
+        "use one that does not, or aws sso login",
     ),
     problems.NoCredentialsError: Problem(
         ConfigError, "there are no credentials", "try: aws sts get-caller-identity; see [aws]"
