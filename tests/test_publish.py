@@ -1,0 +1,338 @@
+"""
+Keys that are published for others: what is done in which order, and what a death leaves of it.
+
+In one process, with every effect of a worker as a place to die. Histories are in
+`tests/test_histories.py`, real processes in `tests/test_publish_crashes.py`.
+"""
+
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+from keybroker import rotation, worker
+from keybroker.slots import Event
+from tests.world import STATE, Crash, DaemonWorld, Shelf, World, profile
+
+HOUR = 3600.0
+HOLD = 900.0
+ALL = [
+    *("wanted", "issue", "have", "staged", "stage", "verify", "promote", "seal", "swap"),
+    *("revoke", "gone"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _what_is_patched_is_put_back() -> Iterator[None]:
+    kept = worker.perform
+    yield
+    worker.perform = kept
+
+
+class Publisher(DaemonWorld):
+    """A daemon whose profile publishes; effects are counted, and can be died at by their name."""
+
+    def __init__(self, beside: bool = True, lifetime: str = "2h") -> None:
+        self.dies: tuple[str, str, str] | None = None
+        super().__init__(profile(publish="one", lifetime=lifetime))
+        self.beside = beside
+        self.start()
+        worker.perform = self.perform
+
+    def perform(self, effect: str, call: Any) -> Any:
+        self.effects.append(effect)
+        if self.dies is None or self.dies[0] != effect:
+            return call()
+        _, side, who = self.dies
+        self.dies = None
+        if side == "after":
+            call()
+        raise Crash(who)
+
+    def die(self, effect: str, side: str, who: str = "both") -> None:
+        """Rotate until somebody dies at an effect; what follows that is not done yet."""
+        self.dies = effect, side, who
+        self.broker.hurry("work")
+        for _ in range(100):
+            self.turn()
+            if self.dies is None:
+                return
+            self.time.true += 0.2
+        raise AssertionError(f"{effect} was not reached")
+
+    def turn(self) -> datetime | None:
+        planned = self.dies is not None
+        try:
+            started = len(self.effects)
+            while True:
+                wake = self.broker.turn(self.most)
+                if not self.broker.busy and (wake is None or wake > self.time.read().wall):
+                    return wake
+                assert len(self.effects) - started < 300
+                self.broker.take(self.workers.receive(0))
+                if planned and self.dies is None:
+                    return self.time.read().wall
+        except Crash:
+            self.start()
+            return self.time.read().wall
+
+    def forget_all(self) -> None:
+        """Go on without the cache."""
+        self.disk.remove(STATE / "cache" / "work.sealed")
+        self.start()
+
+    def alive(self, text: str | None) -> bool:
+        key = self.gateway.keys.get(text or "")
+        return key is not None and key.alive(self.time.true)
+
+
+@pytest.fixture(params=[True, False], ids=["beside", "in one step"])
+def host(request: pytest.FixtureRequest) -> Publisher:
+    return Publisher(request.param)
+
+
+def check(host: World, shelf: Shelf) -> None:
+    """One key is current, here and for others; all that lives is known; nobody's hold was cut."""
+    current = host.slots.current
+    assert current is not None
+    assert host.ask() == shelf.text
+    assert host.gateway.keys[shelf.text or ""].label == current.label
+    assert {key.label for key in host.gateway.alive()} <= {one.label for one in host.slots.all}
+    for one in shelf.tenures:
+        key = host.gateway.keys.get(one.secret)
+        if key is not None and key.revoked is not None and key.revoked < key.ends:
+            assert one.until is not None
+            assert key.revoked >= one.until + HOLD
+
+
+def test_the_order_of_effects(host: Publisher) -> None:
+    """Tried before others can read it, read by others before it is handed out here."""
+    host.ask()
+    host.effects.clear()
+    host.broker.hurry("work")
+    host.run(1200)
+
+    assert [effect for effect in host.effects if effect != "answer"] == ALL
+    events = [one.event for one in host.journal.read()]
+    assert events[-5:] == [Event.WANTED, Event.HAVE, Event.STAGED, Event.SWAP, Event.GONE]
+    check(host, host.shelf())
+
+
+@pytest.mark.parametrize("who", ["worker", "command", "both"])
+@pytest.mark.parametrize("side", ["before", "after"])
+@pytest.mark.parametrize("effect", [*ALL, "recover"])
+def test_a_death_at_any_effect(host: Publisher, effect: str, side: str, who: str) -> None:
+    """The rotation is resumed or another is made; in the end nothing is left of it."""
+    host.ask()
+    old = host.shelf().text
+    if effect == "recover":
+        host.die("promote", "after")
+    host.dies = (effect, side, who)
+    host.broker.hurry("work")
+    for _ in range(8):
+        host.ask()
+        host.run(HOLD / 6)
+        assert host.alive(host.shelf().text)
+        if host.shelf().tenures[0].until is None:
+            assert host.alive(old)
+    host.broker.hurry("work")
+    host.run(2 * HOLD)
+
+    assert host.dies is None
+    check(host, host.shelf())
+    assert len(host.gateway.alive()) == 1
+
+
+def test_a_key_that_others_read_by_now_is_found_again(host: Publisher) -> None:
+    """Its process died before it was current here: it is read back, tried, and no other is made."""
+    host.ask()
+    host.die("promote", "after")
+    published = host.shelf().text
+    host.effects.clear()
+    host.turn()
+
+    assert host.ask() == published
+
+    assert len(host.gateway.mints) == 2
+    done = [effect for effect in host.effects if effect not in ("answer", "find")]
+    assert done[:5] == ["recover", "verify", "promote", "seal", "swap"]
+    check(host, host.shelf())
+
+
+def test_a_lost_cache_costs_nothing_where_keys_are_published(host: Publisher) -> None:
+    """The current key is read back from there, sealed again, and lives to its end."""
+    first = host.ask()
+    host.forget_all()
+
+    assert host.ask() == first
+    assert len(host.gateway.mints) == 1
+    host.start()
+    assert host.ask() == first
+    assert "recover" not in host.effects[host.effects.index("recover") + 1 :]
+
+
+def test_who_was_overtaken_makes_another(host: Publisher) -> None:
+    """Its key may have been read beside the others: it has a hold, and is revoked then."""
+    host.ask()
+    host.run(2)
+    host.shelf().plan = ["ok", "ok", "beaten"] if host.beside else ["ok", "beaten"]
+    host.broker.hurry("work")
+    host.run(10)
+
+    beaten = [one for one in host.slots.retired if one.why == rotation.BEATEN]
+    assert len(beaten) == 1
+    assert len(host.gateway.mints) == 3
+    check(host, host.shelf())
+    key = next(one for one in host.gateway.keys.values() if one.label == beaten[0].label)
+    host.run(HOLD - 60)
+    assert key.revoked is None
+    host.run(120)
+    assert key.revoked is not None
+
+
+def test_what_others_read_is_not_revoked_while_nothing_takes_its_place(host: Publisher) -> None:
+    """All was lost here, and the store does not answer: it may be what others read."""
+    host.ask()
+    host.die("promote", "after")
+    published, host.shelf().out = host.shelf().text, True
+    host.forget_all()
+    host.ask()
+    host.run(HOUR / 2)
+    assert host.alive(published)
+    assert len(host.gateway.mints) > 2
+
+    host.shelf().out = False
+    host.run(HOLD)
+
+    assert host.shelf().text != published
+    check(host, host.shelf())
+    host.run(HOLD)
+    assert not host.alive(published)
+
+
+def test_what_is_revoked_by_hand_does_not_wait_for_the_next(host: Publisher) -> None:
+    """Who types `revoke` has a key that leaked; others have a new one after that."""
+    host.ask()
+    host.broker.hurry("work")
+    host.run(3)
+    host.effects.clear()
+    host.broker.end("work", "revoked by request")
+    host.run(2)
+
+    done = [effect for effect in host.effects if effect != "answer"]
+    first = [*("retired", "retired"), *("revoke", "gone", "revoke", "gone")]
+    assert done[: done.index("wanted")] == first
+    assert host.alive(host.shelf().text)
+    assert host.ask() == host.shelf().text
+    assert len(host.gateway.alive()) == 1
+
+
+def test_a_gateway_that_does_not_revoke_keeps_nobody_from_the_next_key(host: Publisher) -> None:
+    """Each is asked for once; it is tried again while the new one is made."""
+    host.ask()
+    host.broker.hurry("work")
+    host.run(3)
+    old = host.shelf().text
+    host.gateway.plan = ["down", "down"]
+    host.broker.end("work", "revoked by request")
+    host.run(5)
+
+    assert host.shelf().text != old
+    assert host.alive(host.shelf().text)
+    host.run(HOLD)
+    assert len(host.gateway.alive()) == 1
+
+
+def test_a_profile_that_begins_to_publish_has_its_next_key_at_once(host: Publisher) -> None:
+    """So do others; the one that was current has its hold."""
+    host.profile = profile()
+    host.start()
+    first = host.ask()
+    host.profile = profile(publish="one")
+    host.broker.configure([host.profile])
+    host.run(5)
+
+    assert host.ask() == host.shelf().text
+    assert host.shelf().text != first
+    assert host.alive(first)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_key_that_was_on_its_way_elsewhere(host: Publisher, lost: bool) -> None:
+    """The publish table changes meanwhile: another is made for the new place, at once."""
+    host.ask()
+    host.die("verify", "before", "both" if lost else "worker")
+    host.profile = profile(publish="two")
+    if lost:
+        host.start()
+        host.broker.hurry("work")
+    else:
+        host.broker.configure([host.profile])
+    host.run(20)
+
+    check(host, host.shelf())
+    host.run(2 * HOLD)
+    assert len(host.gateway.alive()) == 1
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_profile_that_publishes_no_more(host: Publisher, lost: bool) -> None:
+    """The key that was on its way is handed out here, or given up where its secret was lost."""
+    host.ask()
+    host.die("verify", "before", "both" if lost else "worker")
+    host.profile = profile()
+    if lost:
+        host.start()
+    else:
+        host.broker.configure([host.profile])
+    host.run(20)
+
+    assert host.ask() is not None
+    host.run(2 * HOLD)
+    assert {key.label for key in host.gateway.alive()} == {one.label for one in host.slots.keys}
+
+
+def test_while_the_keyring_is_locked_nothing_is_read_back(host: Publisher) -> None:
+    """The sealed key is there again when it opens; until somebody asks, no other is made."""
+    first = host.ask()
+    host.keyring = False
+    host.start()
+    host.run(60)
+    assert "recover" not in host.effects
+    host.unlock()
+    host.turn()
+
+    assert host.ask() == first
+    assert len(host.gateway.mints) == 1
+
+
+def test_labels_that_were_not_found_are_not_kept(host: Publisher) -> None:
+    """What is known to be nowhere is forgotten with the key."""
+    host.ask()
+    host.die("staged", "after")
+    host.broker.hurry("work")
+    host.run(20)
+
+    assert "recover" in host.effects
+    assert host.broker._profiles["work"].absent == set()
+    check(host, host.shelf())
+
+
+def test_a_step_of_publishing_has_the_time_that_its_calls_take(
+    host: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker is not ended amid calls that are each within their own time."""
+    limits: dict[str, float] = {}
+    send = host.workers.send
+
+    def sent(kind: str, op: str, seconds: float, /, **values: Any) -> int:
+        limits[op] = seconds
+        return send(kind, op, seconds, **values)
+
+    monkeypatch.setattr(host.workers, "send", sent)
+    host.ask()
+
+    longest = host.profile.policy.timeout.total_seconds()
+    assert limits["stage"] >= 3 * longest
+    assert limits["publish"] >= 4 * longest
