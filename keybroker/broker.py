@@ -1239,9 +1239,8 @@ def _may_be_read(at_work: _Profile, key: Key) -> bool:
 
     Not one that was seen not to be there, or that the gateway refuses.
     """
-    begun = at_work.policy.publishes and key.base is not None
     elsewhere = key.beaten or key.label in at_work.absent
-    return begun and not elsewhere and key.refused_at is None
+    return key.base is not None and not elsewhere and key.refused_at is None
 
 
 def _known(slots: Slots, label: str) -> Key:

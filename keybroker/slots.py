@@ -255,6 +255,8 @@ def _swap(slots: Slots, record: Record) -> Slots:
     retired = slots.retired
     if slots.current is not None:
         revoke_at = record.revoke_at or record.at + slots.current.hold
+        if slots.current.base is not None and new.base is None:  # others go on to read it
+            revoke_at = max(revoke_at, end_of(slots.current))
         retired = (*retired, _retire(slots.current, revoke_at, REPLACED, record))
     if new.base is not None:  # who reads what is published goes on to this one
         retired = tuple(_read_no_more(key, record) for key in retired)

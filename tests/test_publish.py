@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from keybroker import rotation, worker
+from keybroker.broker import Broker
 from keybroker.slots import Event
-from tests.world import STATE, Crash, DaemonWorld, Shelf, World, profile
+from tests.world import STATE, WRAP_KEY, Crash, DaemonWorld, Shelf, World, profile
 
 HOUR = 3600.0
 HOLD = 900.0
@@ -81,6 +82,22 @@ class Publisher(DaemonWorld):
         """Go on without the cache."""
         self.disk.remove(STATE / "cache" / "work.sealed")
         self.start()
+
+    def without_it(self) -> Broker:
+        """Return a process whose configuration does not have the profile."""
+        return Broker(
+            [],
+            self.journal.read(),
+            {},
+            self.workers,
+            instance="0a1b2c3d",
+            wrap_key=WRAP_KEY,
+            keeps=True,
+            mints=(),
+            clock=self.time,
+            roll=self.roll,
+            reread=self.journal.read,
+        )
 
     def alive(self, text: str | None) -> bool:
         key = self.gateway.keys.get(text or "")
@@ -291,6 +308,25 @@ def test_a_profile_that_publishes_no_more(host: Publisher, lost: bool) -> None:
     assert host.ask() is not None
     host.run(2 * HOLD)
     assert {key.label for key in host.gateway.alive()} == {one.label for one in host.slots.keys}
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_profile_that_is_gone_leaves_others_their_key(host: Publisher, again: bool) -> None:
+    """Nobody will put another one there: they have it to its end, unless it is revoked by hand."""
+    host.ask()
+    published = host.shelf().text
+    if again:
+        host.broker = host.without_it()
+    else:
+        host.broker.configure([])
+    host.run(HOUR)
+    assert host.alive(published)
+    assert [one.label for one in host.slots.retired] == [one.label for one in host.gateway.alive()]
+
+    host.broker.end("work", "revoked by request")
+    host.run(1)
+
+    assert not host.alive(published)
 
 
 def test_while_the_keyring_is_locked_nothing_is_read_back(host: Publisher) -> None:

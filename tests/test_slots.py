@@ -209,6 +209,15 @@ def test_a_key_that_others_may_read_has_its_hold_after_the_next_is_published() -
     assert longer.revoke_at == NOON + 2 * HOUR
 
 
+def test_a_key_that_others_read_lives_on_when_the_next_is_not_published() -> None:
+    """Its profile publishes no more: they have it to its end."""
+    published = (wanted("a"), have("a"), staged("a"), swap("a"), wanted("b"), have("b"))
+    [old] = known(*published, swap("b", revoke_at=NOON + HOUR)).retired
+    assert old.revoke_at == NOON + LIFETIME
+    [old] = known(*published, staged("b"), swap("b", revoke_at=NOON + HOUR)).retired
+    assert old.revoke_at == NOON + HOUR
+
+
 def test_a_key_that_is_not_published_changes_nothing_for_others() -> None:
     """Nor does one that is shorten what has less time left."""
     [old] = known(*LOST, wanted("b"), have("b"), swap("b", NOON + HOUR)).retired
