@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from keybroker import aws
 from keybroker.credential import Issuer, Reference
-from keybroker.document import Where, read
+from keybroker.document import WHOLE, Where, read
 from keybroker.errors import ConfigError
 from keybroker.fields import (
     AMOUNT,
@@ -301,6 +301,11 @@ class Profile:
         for name, url in places:
             if url and url.startswith("http://") and not is_loopback(url):
                 found.append(f"profiles.{self.name}.{name}: http:// sends keys in clear")
+        if self.publish is not None and self.hold < 2 * self.publish.settings["poll"]:
+            found.append(
+                f"profiles.{self.name}.hold: shorter than two of its readers' looks "
+                "(publish.poll): they may still use a key that is revoked"
+            )
         if self.verify == "none":
             found.append(f"profiles.{self.name}.verify: new keys are handed out untried")
         return tuple(found)
@@ -402,6 +407,9 @@ def parse(
     general = read_table_of({k: v for k, v in tables.items() if k in GENERAL}, GENERAL, (), where)
     cache = read_table_of(_dict(tables, "cache", where), CACHE, ("cache",), where)
     shared = _dict(tables, "defaults", where)
+    for name in WHOLE:
+        if name in shared:
+            raise where.error(("defaults", name), "belongs into each profile; it is not shared")
     known = {name: Field(one.kind, one.doc) for name, one in PROFILE.items()}
     read_table_of(shared, known, ("defaults",), where)
     vault = _dict(tables, "vault", where)
@@ -559,12 +567,12 @@ def _contradictions(profile: Profile) -> Iterator[tuple[str, str]]:
         if value.startswith(("sk-", "Bearer")) or len(value) > 64:
             yield "source.placeholder", "this looks like a key; use key = { keyring = … }"
     if profile.kind is not Kind.MINTED and profile.verify == "info":
-        yield "verify", f"a {profile.type} source has no key API to ask"
+        yield "verify", f"a source of type {profile.type} has no key API to ask"
     if profile.type == "vault":
         yield from _vault_contradictions(profile)
     if profile.publish is not None:
         if profile.kind is not Kind.MINTED:
-            yield "publish", f"a {profile.type} source mints no keys that could be published"
+            yield "publish", f"a source of type {profile.type} mints no keys to publish"
         if profile.publish.to == "vault" and "/data/" not in profile.publish.settings["path"]:
             yield "publish.path", "expected a path of KV 2, with /data/ in it"
         if profile.verify == "none":

@@ -13,6 +13,7 @@ from keybroker.errors import ConfigError
 from keybroker.values import dataclass
 
 LARGEST_FILE = 1 << 20
+WHOLE = ("source", "publish")  # tables whose keys belong together
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ def read(files: Sequence[Path]) -> Document:
     """
     Read the files that exist, later ones over earlier ones.
 
-    Tables are merged key by key, a profile's `source` as a whole.
+    Tables are merged key by key, a profile's `source` and `publish` as a whole.
 
     Raises:
         ConfigError: A file cannot be read, may be written by others, or is not TOML; the message
@@ -129,7 +130,7 @@ def _merge(into: dict[str, Any], document: Mapping[str, Any]) -> list[tuple[str,
     replaced: list[tuple[str, ...]] = []
     for name, value in document.items():
         old = into.get(name)
-        if isinstance(old, dict) and isinstance(value, dict) and name != "source":
+        if isinstance(old, dict) and isinstance(value, dict) and name not in WHOLE:
             replaced += [(name, *path) for path in _merge(old, value)]
         else:
             replaced += [(name,)] if name in into else []

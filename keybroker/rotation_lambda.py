@@ -64,8 +64,13 @@ def handler(event: Mapping[str, Any], context: object = None) -> None:
     assert profile.publish.account is not None, "it is at AWS"
     account = Account.of(Place(profile.publish.account.profile, _region(secret)), held)
     kept = Kept(account, secret, profile.publish.settings["field"])
-    with closing(sources.build(profile, os.environ, held)) as source:
-        said = STEPS[step](_Rotation(profile, source, kept, token))
+    try:
+        with closing(sources.build(profile, os.environ, held)) as source:
+            said = STEPS[step](_Rotation(profile, source, kept, token))
+    except KeybrokerError as error:
+        if error.hint:  # a traceback has none
+            sys.stderr.write(f"keybroker: {step}: {error.message}\nhint: {error.hint}\n")
+        raise
     sys.stderr.write(f"keybroker: {step}: {said}\n")
 
 

@@ -25,6 +25,7 @@ from keybroker.rotation import Kind, Policy
 CANARY = "sk-canary-Zx81QpLmWvUtsRqPoNmLkJiHgFeDcBa9876543210"
 HEAD = 'base_url = "https://llm.example.com"\n'
 SOURCE = '[profiles.work.source]\ntype = "litellm"\nadmin = { env = "ADMIN" }\n'
+PUBLISH = "[profiles.work.publish]\nto = 'aws'\nsecret = 'llm/key'\n"
 WORK = f"[profiles.work]\n{HEAD}{SOURCE}"
 
 
@@ -168,7 +169,11 @@ def test_an_issuer_is_where_a_key_is_revoked(text: str, issuer: Issuer) -> None:
         ("defaults = 1", "defaults: expected a table"),
         ("defaults.hodl = '1h'", "defaults.hodl: unknown key; did you mean hold?"),
         ("defaults.hold = '1'", 'defaults.hold: expected a duration such as "90s", "15m" or "12h"'),
-        ("defaults.source.type = 'litellm'", "defaults.source: unknown key"),
+        ("defaults.publish.to = 'aws'", "defaults.publish: belongs into each profile"),
+        (
+            "defaults.source.type = 'litellm'",
+            "defaults.source: belongs into each profile; it is not shared",
+        ),
         ("profiles = 1", "profiles: expected a table"),
         ("profiles.work = 1", "profiles.work: expected a table"),
         (
@@ -486,6 +491,7 @@ def test_an_empty_file_is_told_what_to_write_into_it(file: Path) -> None:
         ("", "max_budget = 5", HEAD, "profiles.work.source.max_budget: "),
         ("", "", "base_url = 'http://llm.example.com'\n", "profiles.work.base_url: http:// "),
         ("", "url = 'http://10.0.0.1'", HEAD, "profiles.work.source.url: http:// "),
+        (f"hold = '2m'\n{PUBLISH}poll = '61s'\n", "", HEAD, "profiles.work.hold: shorter than "),
     ],
 )
 def test_what_works_but_not_as_one_may_think_is_a_warning(
@@ -495,6 +501,12 @@ def test_what_works_but_not_as_one_may_think_is_a_warning(
     [warning] = profile(settings, source, head=head).warnings
 
     assert warning.startswith(warned)
+
+
+def test_a_key_that_others_read_is_held_for_two_of_their_looks() -> None:
+    """Beside what a reader of ours may keep it; nobody has to reckon."""
+    assert profile(f"{PUBLISH}poll = '5m'\n").hold == timedelta(minutes=15 + 2 * 5)
+    assert profile(f"{PUBLISH}poll = '5m'\n").warnings == ()
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1:4000", "[::1]:4000"])

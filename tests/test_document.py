@@ -58,12 +58,13 @@ def test_later_files_are_merged_over_earlier_ones(tmp_path: Path) -> None:
     assert document.files == (system, user)
 
 
-def test_a_source_is_replaced_as_a_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", document.WHOLE)
+def test_a_place_is_replaced_as_a_whole(tmp_path: Path, name: str) -> None:
     """Half of one source and half of another would send a key to the wrong place."""
-    system = write(tmp_path / "system.toml", "[profiles.work.source]\ntype = 'a'\nadmin = 'b'\n")
-    user = write(tmp_path / "user.toml", "[profiles.work.source]\ntype = 'c'\n")
+    system = write(tmp_path / "system.toml", f"[profiles.work.{name}]\ntype = 'a'\nadmin = 'b'\n")
+    user = write(tmp_path / "user.toml", f"[profiles.work.{name}]\ntype = 'c'\n")
 
-    assert read([system, user]).tables == {"profiles": {"work": {"source": {"type": "c"}}}}
+    assert read([system, user]).tables == {"profiles": {"work": {name: {"type": "c"}}}}
 
 
 def test_a_key_that_was_replaced_has_its_new_place(tmp_path: Path) -> None:

@@ -283,6 +283,15 @@ def test_an_event_that_is_none_of_ours_is_refused(
     assert rotated.alive() == set()
 
 
+def test_what_to_do_is_in_the_log_too(rotated: Rotated, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of an exception that is raised, Lambda shows the message alone."""
+    rotated.configure(field='field = "/team/key"')
+    with pytest.raises(SourceInvalid, match="has no place for /team/key"):
+        rotated.step("createSecret", new_token())
+    assert "\nhint: it is no JSON object; see field\n" in capfd.readouterr().err
+    assert rotated.alive() == set()
+
+
 def test_a_secret_without_fields_is_the_key_alone(rotated: Rotated) -> None:
     rotated.configure(field='poll = "60s"')
     rotated.rotate()
