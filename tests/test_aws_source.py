@@ -205,6 +205,7 @@ def test_a_key_is_the_value_or_a_field_of_it(make: Make, aws: Aws, name: str, wh
 
 NO_KEY: dict[str, tuple[str | bytes, str | None, str, str | None]] = {
     "blanks": (f"{KEY} x", None, "its value is not one token", "printable ASCII"),
+    "a blank before it": (f" {KEY}", None, "its value is not one token", "printable ASCII"),
     "only a newline": ("\n", None, "its value is empty", "printable ASCII"),
     "not ASCII": (f"{KEY}ü", None, "its value is not one token", "printable ASCII"),
     "no UTF-8": (b"\xff\xfe" + KEY.encode(), None, "its value is not one token", "printable ASCII"),
@@ -302,6 +303,19 @@ def test_a_clock_that_is_off_moves_what_counts_by_it(
     aws.put(name, json.dumps({"key": KEY, "ttl": "12h"}))
     aws_front.fault(Dated(timedelta(hours=5)), times=None)
     assert near(make(field="/key").issue("").lease.expires_at, hours=7)
+
+
+def test_a_clock_that_is_nearly_right_is_right(
+    make: Make, aws: Aws, aws_front: Front, name: str
+) -> None:
+    """The header counts whole seconds, and the answer took its time: an end does not waver."""
+    aws.put(name, json.dumps({"key": KEY, "ttl": "12h"}))
+    ends = set()
+    for seconds in (-20, 0, 20):
+        aws_front.clear()
+        aws_front.fault(Dated(timedelta(seconds=seconds)), times=None)
+        ends.add(make(field="/key").issue("").lease.expires_at)
+    assert len(ends) == 1
 
 
 @pytest.mark.parametrize("date", ["", "nonsense", "Fri, 31 Dec 9999 23:59:59 GMT", "1"])
@@ -440,6 +454,19 @@ def test_an_answer_that_is_behind_changes_nothing(
     assert source.look(lease) == lease  # and does not make what it knows older
 
 
+def test_a_version_that_was_gone_back_from_while_a_rotation_goes_on_is_replaced(
+    make: Make, aws: Aws, aws_front: Front, name: str
+) -> None:
+    """It has a rotation's label still, and that of the version before: so it was current."""
+    first = aws.put(name, "sk-canary-first")
+    second = aws.put(name, KEY)
+    source = make()
+    lease = source.issue("").lease
+    both = {first: ["AWSCURRENT"], second: ["AWSPENDING", "AWSPREVIOUS"]}
+    aws_front.describe(name, VersionIdsToStages=both)
+    assert source.look(lease) is None
+
+
 def test_a_value_of_a_replica_that_is_behind_is_known_by_its_time(
     make: Make, aws: Aws, aws_front: Front, name: str
 ) -> None:
@@ -566,6 +593,41 @@ def test_a_rotation_that_is_due_is_asked_about(
     assert found[0] is not None
     assert near(found[0].reread_at, hours=5)
     assert aws_front.count("DescribeSecret") == 1
+
+
+def test_a_value_that_was_replaced_meanwhile_is_read_again(
+    make: Make, aws: Aws, names: list[str], held: Held
+) -> None:
+    """Or one that was read a while ago, or before others were."""
+    made = []
+    for name in names:
+        aws.put(name, "sk-canary-before")
+        made.append(make(name))
+    together(make, held)
+    aws.put(names[0], KEY)
+    assert read(made[0]) == KEY
+
+
+def test_what_was_read_together_is_not_kept(
+    make: Make,
+    aws: Aws,
+    aws_front: Front,
+    names: list[str],
+    held: Held,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever asks later, or after another reading, is not told what was."""
+    for name in names:
+        aws.put(name, KEY)
+        make(name)
+    shared = Account.of(make.profiles[0].account, held)  # type: ignore[attr-defined]
+    shared.foresee(names)
+    assert shared.foreseen(names[0]) is not None
+    assert shared.foreseen(names[0]) is None
+    shared.foresee(names[:2])
+    assert shared.foreseen(names[2]) is None
+    monkeypatch.setattr("keybroker.sources.aws.account.FORESEEN_FOR", timedelta())
+    assert shared.foreseen(names[1]) is None
 
 
 def test_more_than_twenty_are_read_by_twenties(
