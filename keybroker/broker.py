@@ -1158,7 +1158,8 @@ def _rounded(due: datetime, at_work: _Profile, instance: str) -> datetime:
     current = slots.current
     good = current is not None and current.refused_at is None and not current.condemned
     calm = good and slots.failures == 0 and slots.next is None and not slots.rotate
-    named = current is not None and current.lease.reread_at == due  # its keeper chose that moment
+    reread_at = None if current is None else current.lease.reread_at
+    named = reread_at is not None and reread_at <= due  # its keeper chose the moment
     if policy.kind is Kind.FOLLOWED and calm and not named:
         seconds = rotation.slack(policy).total_seconds()
         if not seconds:
