@@ -244,7 +244,7 @@ class ShelfPlace(Place):
 
     def __init__(self, beside: bool) -> None:
         super().__init__()
-        self.beside, self.empty = beside, "" if beside else "0"
+        self.beside, self.empty = beside, ""
         self.shelf = Shelf(Time(), beside)
 
     def make(self) -> Store:
@@ -510,7 +510,7 @@ def test_aws_has_lost_the_version(at: At) -> None:
 class VaultPlace(Place):
     """A path of a KV 2 that nothing was written to, behind a wire."""
 
-    beside, empty = False, "0"
+    beside, empty = False, ""
 
     def __init__(self, bao: OpenBao, kv: Kv, wire: Faults, allowed: list[str]) -> None:
         super().__init__()

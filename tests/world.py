@@ -308,7 +308,7 @@ class ShelfStore:
 
     def standing(self) -> str:
         with self._call("standing"):
-            return self._shelf.current if self._shelf.beside else str(len(self._shelf.tenures))
+            return self._shelf.current
 
     def stage(self, label: str, credential: Credential) -> None:
         if self._shelf.beside:
@@ -324,10 +324,9 @@ class ShelfStore:
     def promote(self, label: str, credential: Credential, base: str) -> bool:
         shelf = self._shelf
         with self._call("promote"):
-            standing = shelf.current if shelf.beside else str(len(shelf.tenures))
             if shelf.tenures and shelf.versions[shelf.current][0] == label:
                 return True
-            if standing != base:
+            if shelf.current != base:
                 return False
             if shelf.beside and label not in shelf.versions:
                 raise SourceInvalid("shelf: there is no such version")

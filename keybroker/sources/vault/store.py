@@ -66,8 +66,8 @@ class VaultStore:
         ends = credential.lease.expires_at
         fields |= {self._field: credential.secret.reveal(), LABEL: label}
         fields["expires_at"] = "" if ends is None else write_time(ends)
-        body = {"data": fields, "options": {"cas": int(base)}}
-        capability = "create" if base == "0" else "update"
+        body = {"data": fields, "options": {"cas": int(base or 0)}}
+        capability = "update" if base else "create"
         reply = self._ask(capability, lambda client: client.write_data(self._path, data=body))
         if reply.status == 400 and NOT_FIRST.search(said(reply)):
             version, data = self._read()
@@ -88,7 +88,7 @@ class VaultStore:
         if not is_versioned(answer):
             error = self._place.nothing(self._path, reply)
             if reply.status == 404 and error.withdrawn:  # nothing was ever written there
-                return "0", {}
+                return "", {}
             raise error
         data = answer["data"]
         version = answer["metadata"].get("version")
