@@ -627,19 +627,22 @@ class Broker:
                 locked = at_work.profile is not None and (
                     self._cannot_keep(at_work) or at_work.name in self._locked
                 )
-                if not locked and (key.not_before is None or key.not_before <= now):
-                    if self._can_recover(at_work, key):
+                if key.not_before is None or key.not_before <= now:
+                    # while it is only locked away, no reader is made to wait for what nobody needs
+                    if (not locked or at_work.asked) and self._can_recover(at_work, key):
                         return rotation.Recover(key.label)
-                    return rotation.Retire(key.label, _why_lost(at_work))
-                if key.not_before is not None:
+                    if not locked:
+                        return rotation.Retire(key.label, _why_lost(at_work))
+                if key.not_before is not None and key.not_before > now:
                     put_off.append(key.not_before)
                 locked_away = locked_away or locked
                 slots = without(slots, key.label)
                 policy = replace(policy, max_live=policy.max_live - 1)
-        if slots.current is not None and self._doubtful(at_work):
-            again = slots.current.not_before
+        known = slots.current  # one that is condemned is not handed out, whatever a look would say
+        if known is not None and not known.condemned and self._doubtful(at_work):
+            again = known.not_before
             if again is None or again <= now:
-                return rotation.Verify(slots.current.label)
+                return rotation.Verify(known.label)
             put_off.append(again)
         if at_work.check and slots.current is not None and at_work.profile is not None:
             return rotation.Verify(slots.current.label)

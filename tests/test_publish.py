@@ -343,6 +343,40 @@ def test_while_the_keyring_is_locked_nothing_is_read_back(host: Publisher) -> No
     assert len(host.gateway.mints) == 1
 
 
+def test_who_asks_while_the_keyring_is_locked_has_the_key_that_others_have(host: Publisher) -> None:
+    """It is read back from where it is published; no other is made, and it is sealed again."""
+    first = host.ask()
+    host.keyring = False
+    host.start()
+    host.disk.remove(STATE / "cache" / "work.sealed")
+
+    assert host.ask() == first
+    host.unlock()
+    host.run(5)
+
+    assert len(host.gateway.mints) == 1
+    assert STATE / "cache" / "work.sealed" in host.disk.files
+    check(host, host.shelf())
+
+
+def test_a_locked_key_that_cannot_be_read_back_keeps_nobody_waiting(host: Publisher) -> None:
+    """Who asks has another one, and the daemon sleeps after that."""
+    first = host.ask()
+    host.keyring = False
+    host.start()
+    host.run(2)
+    host.shelf().plan = ["down"]
+
+    assert host.ask() is not None
+    assert host.ask() != first
+    before = len(host.shelf().calls)
+    host.run(HOLD / 3)
+
+    assert len(host.shelf().calls) == before
+    assert host.overslept == []
+    check(host, host.shelf())
+
+
 def test_labels_that_were_not_found_are_not_kept(host: Publisher) -> None:
     """What is known to be nowhere is forgotten with the key."""
     host.ask()
