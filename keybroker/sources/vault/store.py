@@ -103,7 +103,9 @@ class VaultStore:
         Raises:
             SourceUnavailable: A standby answers that is behind, so nothing is known.
         """
-        if base.isdigit() and (int(version) < int(base) or (than_it and version == base)):
+        if base and not base.isdigit():  # it is of another place
+            return
+        if int(version or 0) < int(base or 0) or (than_it and version == base):
             raise SourceUnavailable(
                 f"{self._place.who}: {self._path}: an older version was answered",
                 hint="by a standby that is behind; it is asked again",
