@@ -218,7 +218,10 @@ def _profile(secret: str) -> Profile:
     Raises:
         ConfigError: It mints nothing, or publishes elsewhere.
     """
-    config = load(paths.config_files(os.environ))
+    files = paths.config_files(os.environ)
+    if not any(file.exists() for file in files):
+        raise ConfigError(f"{files[-1]}: does not exist", hint="KEYBROKER_CONFIG names it")
+    config = load(files)
     profile = config.profile(os.environ.get("KEYBROKER_PROFILE") or None)
     where = f"profiles.{profile.name}"
     publish = profile.publish

@@ -178,7 +178,7 @@ CATALOGUE: dict[str, tuple[Fault, type[SourceError], str, str | None]] = {
         refusal("AccessDeniedException", SAYS),
         NO,
         "may not DescribeSecret",
-        "allow it secretsmanager:DescribeSecret; see docs/aws.md",
+        "if its name and region are right, allow it secretsmanager:DescribeSecret",
     ),
     "KMS": (
         refusal("AccessDeniedException", KMS),
@@ -453,7 +453,7 @@ def test_what_is_missing_in_a_policy_is_named(
     error = problem(lambda: make().issue(""))
     assert type(error) is SourceDenied
     assert error.message == f"{WHO}{name}: {who} may not {action}"
-    assert error.hint == f"allow it secretsmanager:{action}; see docs/aws.md"
+    assert error.hint == f"if its name and region are right, allow it secretsmanager:{action}"
 
 
 def test_a_policy_for_another_secret_is_none(

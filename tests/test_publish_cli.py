@@ -92,7 +92,7 @@ def test_a_key_that_cannot_be_published_replaces_nothing(
 
     assert (status, out) == (77, "")
     assert f"may not {action}" in err
-    assert f"hint: allow it secretsmanager:{action}; see docs/aws.md" in err
+    assert f"hint: if its name and region are right, allow it secretsmanager:{action}" in err
     assert f"may not {action}" in lines.partition("last failure")[2]
     assert said(host, "get", "work") == first
     assert place.read()["key"] == first.strip()

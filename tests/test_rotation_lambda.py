@@ -292,6 +292,15 @@ def test_what_to_do_is_in_the_log_too(rotated: Rotated, capfd: pytest.CaptureFix
     assert rotated.alive() == set()
 
 
+def test_a_configuration_that_was_not_packed_is_named(
+    rotated: Rotated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is easily forgotten."""
+    monkeypatch.setenv("KEYBROKER_CONFIG", "/nonexistent/config.toml")
+    with pytest.raises(ConfigError, match=r"nonexistent/config\.toml: does not exist"):
+        rotated.step("createSecret", new_token())
+
+
 def test_a_secret_without_fields_is_the_key_alone(rotated: Rotated) -> None:
     rotated.configure(field='poll = "60s"')
     rotated.rotate()

@@ -235,11 +235,15 @@ class Account:
             name = f"…{name[1 - room :]}" if room > 1 else ""
         about = f"{name}: " if name else ""
         text = f"{self.who}: {about}{problem.words}"[:LONGEST_TEXT]
+        hint = problem.hint
+        if hint is not None and self._place.profile is not None:
+            asks = "aws sts get-caller-identity"
+            hint = hint.replace(asks, f"{asks} --profile {self._place.profile}")
         if not issubclass(problem.kind, SourceError):
-            return problem.kind(text, hint=problem.hint)
+            return problem.kind(text, hint=hint)
         return problem.kind(
             text,
-            hint=problem.hint,
+            hint=hint,
             unknown=problem.unknown,
             withdrawn=problem.withdrawn,
             retry_after=problem.retry_after,
@@ -363,7 +367,7 @@ class Account:
             hint = f"allow it {action}; aws kms describe-key says if the key is enabled"
             return self.error(secret, Problem(SourceDenied, words, hint))
         words = f"{who} may not {operation}"
-        hint = f"allow it secretsmanager:{operation}; see docs/aws.md"
+        hint = f"if its name and region are right, allow it secretsmanager:{operation}"
         return self.error(secret, Problem(SourceDenied, words, hint))
 
     def _no_credentials(self, asked: str, code: str, status: int, error: Any) -> KeybrokerError:

@@ -22,7 +22,6 @@ SOON = timedelta(seconds=5)  # after the moment by which its owner wants it rota
 OVERDUE = timedelta(hours=1)  # so long a rotation is awaited, less and less often
 CURRENT, PREVIOUS, PENDING = "AWSCURRENT", "AWSPREVIOUS", "AWSPENDING"
 NOT_THERE, MARKED = "ResourceNotFoundException", "InvalidRequestException"
-LEAST_HINT = "see field"
 LONGEST_SHOWN = 60  # of a field's name
 INDEX = re.compile(r"0|[1-9][0-9]{0,8}")  # RFC 6901: no leading zeros
 
@@ -47,10 +46,12 @@ class Standing:
 
 
 class Kept:
-    """One secret, or one field of its JSON."""
+    """One secret, or one field of its JSON; `named` is how a person calls what names the field."""
 
-    def __init__(self, account: Account, secret: str, field: str | None) -> None:
-        self.account, self.secret, self.field = account, secret, field
+    def __init__(
+        self, account: Account, secret: str, field: str | None, named: str = "field"
+    ) -> None:
+        self.account, self.secret, self.field, self.named = account, secret, field, named
 
     def describe(self) -> Standing:
         """
@@ -110,7 +111,8 @@ class Kept:
         text = self.text(answer)
         if self.field is None:
             if _is_json(text):  # without a blank it would pass for a key
-                raise self.error("its value is JSON", 'name the field in it: field = "/…"')
+                shown = 'field = "/…"' if self.named == "field" else '"…#/…"'
+                raise self.error("its value is JSON", f"name the field in it: {shown}")
             return self._key(text, "its value"), {}
         table = self.table(text)
         shown = self.field if len(self.field) <= LONGEST_SHOWN else self.field[:LONGEST_SHOWN] + "…"
@@ -120,7 +122,7 @@ class Kept:
             inner = _member(inner, name)
         found = _member(inner, last)
         if found is None:
-            raise self.error(f"has no field {shown}", LEAST_HINT)
+            raise self.error(f"has no field {shown}", f"see {self.named}")
         beside = inner if isinstance(inner, dict) else {}
         return self._key(found, f"field {shown}"), beside
 
@@ -138,12 +140,12 @@ class Kept:
         try:
             return json.loads(text)
         except (ValueError, RecursionError):
-            hint = "leave field out if it is the key itself"
+            hint = f"leave {self.named} out if it is the key itself"
             raise self.error("is no JSON, so it has no fields", hint) from None
 
     def _key(self, found: Any, where: str) -> Secret:
         if not isinstance(found, str):
-            raise self.error(f"{where} is no text", LEAST_HINT)
+            raise self.error(f"{where} is no text", f"see {self.named}")
         try:
             return Secret(found.rstrip("\r\n"))  # which `echo` leaves there
         except ValueError as error:

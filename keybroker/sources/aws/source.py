@@ -113,7 +113,8 @@ def read_reference(reference: Reference, place: Place, held: Held) -> Secret:
         SourceError, ConfigError: It could not be read, or there is none.
     """
     name, _, field = str(reference.value).partition("#")
-    kept = Kept(Account.of(account_of(name, place), held), name, field or None)
+    account = Account.of(account_of(name, place), held)
+    kept = Kept(account, name, field or None, named="the part after #")
     return kept.take(kept.read())[0]
 
 
