@@ -301,7 +301,7 @@ class Broker:
                     known.slots = replace(known.slots, trouble=None, withdrawn=False)
                     known.tried_at = None
                 known.profile, known.policy = profile, profile.policy
-                known.slots = replace(known.slots, not_before=None, failures=0)
+                known.slots = rotation.at_once(known.slots)
                 known.resting = known.patient = False
         for name, at_work in list(self._profiles.items()):
             if name not in wanted:
@@ -336,8 +336,8 @@ class Broker:
             if at_work.policy.kind is Kind.FOLLOWED and at_work.profile is not None:
                 at_work.slots = rotation.hurried(at_work.slots)
                 self._change(at_work)
-            elif at_work.slots.failures:
-                at_work.slots = replace(at_work.slots, not_before=None, failures=0)
+            elif at_work.slots.failures or (at_work.slots.next and at_work.slots.next.failures):
+                at_work.slots = rotation.at_once(at_work.slots)
                 at_work.patient = False
                 self._change(at_work)
 

@@ -353,6 +353,8 @@ def _step_for_new(slots: Slots, new: Key, policy: Policy, now: datetime) -> tupl
         return new.not_before or now, Retire(new.label, MOVED)
     if new.beaten:
         return new.not_before or now, Retire(new.label, new.beaten, bad=True)
+    if new.base is not None and not policy.publishes:  # others go on to read the one before it
+        return new.not_before or now, Retire(new.label, ELSEWHERE, bad=True)
     expires = new.lease.expires_at
     # 2.5 and not 3: the answer came a moment after it was asked for.
     least = 2.5 * policy.hold
@@ -513,7 +515,15 @@ def worked(slots: Slots) -> Slots:
 
 def hurried(slots: Slots) -> Slots:
     """A person asks for a new key now: no interval but the shortest holds."""
-    return replace(slots, rotate=True, not_before=None, failures=0)
+    return replace(at_once(slots), rotate=True)
+
+
+def at_once(slots: Slots) -> Slots:
+    """What failed is tried again now: an issue or a poll, and what is to be done with a new key."""
+    new = slots.next
+    if new is not None and new.failures:
+        new = replace(new, failures=0, not_before=None)
+    return replace(slots, next=new, not_before=None, failures=0)
 
 
 def at_set_clock(slots: Slots, now: datetime) -> Slots:

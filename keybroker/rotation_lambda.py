@@ -36,6 +36,7 @@ from keybroker.sources.aws.store import move_current, put_pending, take_off_pend
 from keybroker.sources.held import Held
 
 CURRENT_ALREADY = "the version is current already"
+OVERTAKEN = "rotation: another version was made current meanwhile"
 MOST_PAGES = 10  # of a hundred versions
 
 
@@ -128,7 +129,8 @@ def _create(at: _Rotation) -> str:
     credential = at.source.issue(at.label(at.token))
     try:
         sources.check_hand_out(credential.secret, at.profile)
-        put_pending(at.kept, at.token, credential)
+        if not put_pending(at.kept, at.token, credential):
+            raise SourceUnavailable("rotation: this version has a value that could not be read")
     except KeybrokerError as error:
         if not getattr(error, "unknown", False):  # else it may be there, and is found by its label
             at.source.revoke(credential.lease)
@@ -165,12 +167,21 @@ def _test(at: _Rotation) -> str:
 
 
 def _finish(at: _Rotation) -> str:
-    """Make the new version the one that is read, and end the keys that nobody should have."""
+    """
+    Make the new version the one that is read, and end the keys that nobody should have.
+
+    One that became current since the new version was made has what the new one lacks: it stays.
+    """
     standing = at.kept.describe()
-    at.is_current(standing.versions)
-    if not move_current(at.kept, at.token, standing.current):
-        raise SourceInvalid("rotation: another version was made current meanwhile")
-    ended = sum(at.end(version) for version in _outdated(at))
+    is_done = at.is_current(standing.versions)
+    made = {version: when for when, version, _ in _versions(at.kept)}
+    mine = made.get(at.token)
+    overtaken = not is_done and mine is not None and made.get(standing.current, mine) > mine
+    if overtaken or not move_current(at.kept, at.token, standing.current):
+        at.end(at.token)
+        take_off_pending(at.kept, at.token)  # else no other rotation could begin
+        raise SourceInvalid(OVERTAKEN)
+    ended = sum(at.end(version) for version in _outdated(at, standing.rotated_at))
     return f"{at.token[:8]} is current, {ended} keys were revoked"
 
 
@@ -182,13 +193,16 @@ STEPS = {
 }
 
 
-def _outdated(at: _Rotation) -> Iterator[str]:
+def _outdated(at: _Rotation, rotated_at: datetime | None) -> Iterator[str]:
     """
     Yield the versions whose keys may be alive, and that nobody should have any more.
 
-    A version was replaced when the next one was made, or later: who read it has it for a hold.
+    A version was replaced when the next one was made, or later: when the rotation before this one
+    was finished at the latest. Who read it until then has it for a hold.
     """
     now = datetime.now(UTC)
+    if rotated_at is not None and now < rotated_at + at.profile.hold:
+        return
     versions = sorted(_versions(at.kept), key=lambda one: one[0])
     for (made, version, labels), (replaced, *_) in pairwise(versions):
         ended = made + at.profile.policy.lifetime + timedelta(days=1) < now

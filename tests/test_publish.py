@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from keybroker import rotation, worker
+from keybroker import outcomes, rotation, worker
 from keybroker.broker import Broker
+from keybroker.errors import SourceDenied
 from keybroker.slots import Event
 from tests.world import STATE, WRAP_KEY, Crash, DaemonWorld, Shelf, World, profile
 
@@ -293,6 +294,17 @@ def test_a_key_that_was_on_its_way_elsewhere(host: Publisher, lost: bool) -> Non
     assert len(host.gateway.alive()) == 1
 
 
+def test_a_profile_that_publishes_elsewhere_has_its_next_key_at_once(host: Publisher) -> None:
+    """Nothing was on its way: who reads the new place does not wait for the next rotation."""
+    host.ask()
+    host.run(60)
+    host.profile = profile(publish="two")
+    host.broker.configure([host.profile])
+    host.run(5)
+
+    check(host, host.shelf())
+
+
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_profile_that_publishes_no_more(host: Publisher, lost: bool) -> None:
     """The key that was on its way is handed out here, or given up where its secret was lost."""
@@ -308,6 +320,29 @@ def test_a_profile_that_publishes_no_more(host: Publisher, lost: bool) -> None:
     assert host.ask() is not None
     host.run(2 * HOLD)
     assert {key.label for key in host.gateway.alive()} == {one.label for one in host.slots.keys}
+
+
+@pytest.mark.parametrize("effect", ["staged", "stage", "verify", "promote"])
+def test_a_profile_that_publishes_no_more_amid_a_step(host: Publisher, effect: str) -> None:
+    """What others read there is not revoked for a key that was never put in its place."""
+    host.ask()
+    shelf, planned = host.shelf(), [effect]
+
+    def perform(one: str, call: Any) -> Any:
+        if one in planned:
+            planned.clear()
+            host.profile = profile()
+            host.broker.configure([host.profile])
+        return host.perform(one, call)
+
+    worker.perform = perform
+    host.broker.hurry("work")
+    host.run(20)
+    host.run(2 * HOLD)
+
+    assert not planned
+    assert host.ask() is not None
+    assert host.alive(shelf.text)
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -406,3 +441,37 @@ def test_a_step_of_publishing_has_the_time_that_its_calls_take(
     longest = host.profile.policy.timeout.total_seconds()
     assert limits["stage"] >= 3 * longest
     assert limits["publish"] >= 4 * longest
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+@pytest.mark.parametrize("failing", ["stage", "promote"])
+def test_who_types_rotate_does_not_wait_for_the_next_try(
+    host: Publisher, failing: str, by_hand: bool
+) -> None:
+    """What kept the key from being published is mended: nor does who reloads, or signs in."""
+    host.ask()
+    before, planned = host.shelf().text, [failing] * 40
+
+    def perform(one: str, call: Any) -> Any:
+        if one in planned:
+            planned.remove(one)
+            raise SourceDenied("aws: somebody may not do that")
+        return host.perform(one, call)
+
+    worker.perform = perform
+    host.broker.hurry("work")
+    host.run(300)
+    planned.clear()
+    new = host.broker.slots("work").next
+    assert new is not None
+    assert new.failures > 0
+
+    if by_hand:
+        host.broker.hurry("work")
+        assert not outcomes.rotated_or_failed(host.broker, "work")
+    else:
+        host.broker.retry()
+    host.run(2)
+
+    assert host.shelf().text != before
+    assert host.ask() == host.shelf().text

@@ -613,6 +613,23 @@ def test_vault_has_another_field_changed_meanwhile(in_vault: In) -> None:
     assert place.data == {"key": "sk-old", "note": "two"}
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_vault_has_a_path_that_was_deleted_meanwhile(in_vault: In, again: bool) -> None:
+    """With all its versions, perhaps begun anew: what was staged is no reason to wait for ever."""
+    place, made = in_vault(), credential()
+    for _ in range(3):
+        publish(place.open(), credential())
+    store = place.open()
+    base = store.standing()
+    place.kv.forget(place.name)
+    if again:
+        place.kv.put(place.name, key="sk-other", note="two")
+
+    assert store.promote(label(), made, base)
+    assert place.read() == made.secret.reveal()
+    assert not again or place.data["note"] == "two"
+
+
 @pytest.mark.parametrize(
     ("allowed", "there", "capability"),
     [

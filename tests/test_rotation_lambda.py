@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -18,6 +19,8 @@ from keybroker import rotation_lambda
 from keybroker.devgateway import DevGateway
 from keybroker.errors import ConfigError, SourceDenied, SourceInvalid, SourceUnavailable
 from keybroker.label import is_label
+from keybroker.sources.aws.account import Answer
+from keybroker.sources.aws.secret import Kept
 from tests.servers.aws import Aws, allow
 from tests.servers.awsfaults import Front, refusal
 from tests.servers.faults import CommitThenDrop, Reset
@@ -163,6 +166,54 @@ def test_the_key_before_is_kept_and_the_one_before_that_is_revoked(rotated: Rota
     assert rotated.alive() == {token_of(key) for key in keys[-2:]}
 
 
+def test_a_key_is_previous_however_long_it_was_replaced(rotated: Rotated) -> None:
+    """Its hold is over, and it is AWSPREVIOUS: it lives, and the one before it does not."""
+    rotated.configure(hold="1ms")
+    keys = []
+    for _ in range(3):
+        rotated.rotate()
+        keys.append(rotated.value()["key"])
+        time.sleep(1.1)  # the server counts whole seconds
+    assert rotated.alive() == {token_of(key) for key in keys[-2:]}
+
+
+def test_all_versions_are_looked_at() -> None:
+    """Page by page, and those without a label too: AWS leaves both out unless it is asked."""
+    made, asked = datetime.now(UTC), []
+
+    class Pages:
+        account = property(lambda self: self)
+        secret = "llm"
+
+        def ask(self, operation: str, secret: str, **given: Any) -> Answer:
+            asked.append((operation, secret, given))
+            number = len(asked)
+            more = {"NextToken": f"to-{number + 1}"} if number < 3 else {}
+            page = [{"CreatedDate": made, "VersionId": f"v{number}"}]
+            return Answer({"Versions": page, **more}, made, timedelta())
+
+    found = list(rotation_lambda._versions(cast(Kept, Pages())))
+
+    assert found == [(made, f"v{number}", set()) for number in (1, 2, 3)]
+    every = {"IncludeDeprecated": True}
+    pages = [every, {**every, "NextToken": "to-2"}, {**every, "NextToken": "to-3"}]
+    assert asked == [("ListSecretVersionIds", "llm", page) for page in pages]
+
+
+def test_a_rotation_that_was_finished_late_leaves_a_hold(rotated: Rotated) -> None:
+    """What was read until a moment ago is not revoked since its successor was made long ago."""
+    rotated.configure(hold="2s")
+    rotated.rotate()
+    one, token = rotated.value()["key"], new_token()
+    rotated.step("createSecret", token)
+    time.sleep(4)
+    for name in STEPS[1:]:
+        rotated.step(name, token)
+    rotated.front.describe(rotated.name, LastRotatedDate=time.time())  # as AWS has it now
+    rotated.rotate()
+    assert token_of(one) in rotated.alive()
+
+
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize(
     ("fault", "operation"),
@@ -234,6 +285,26 @@ def test_a_gateway_that_is_down_undoes_nothing(rotated: Rotated) -> None:
     for name in STEPS[1:]:
         rotated.step(name, token)
     assert len(rotated.alive()) == 1
+
+
+def test_what_somebody_wrote_meanwhile_stays(rotated: Rotated) -> None:
+    """The new version does not have it: its key is revoked; the next rotation has it."""
+    rotated.rotate()
+    before, token = rotated.alive(), new_token()
+    rotated.step("createSecret", token)
+    time.sleep(1)  # the server counts whole seconds
+    rotated.aws.put(rotated.name, json.dumps({**rotated.value(), "team": "ops"}))
+    rotated.step("testSecret", token)
+
+    with pytest.raises(SourceInvalid, match="another version was made current meanwhile"):
+        rotated.step("finishSecret", token)
+
+    assert rotated.value()["team"] == "ops"
+    assert rotated.alive() == before
+    assert "AWSPENDING" not in rotated.aws.labels(rotated.name)
+    rotated.rotate()
+    assert rotated.value()["team"] == "ops"
+    assert token_of(rotated.value()["key"]) in rotated.alive() - before
 
 
 def test_of_two_rotations_one_is_the_first(rotated: Rotated) -> None:

@@ -37,12 +37,14 @@ class Standing:
         changed_at: When anything of it was changed last; an answer with an earlier one is from a
             replica that is behind. AWS's clock.
         reread_at: When it is worth reading again, by the date that its owner rotates it on.
+        rotated_at: When its last rotation was finished. AWS's clock.
     """
 
     current: str
     versions: Mapping[str, tuple[str, ...]]
     changed_at: datetime | None
     reread_at: datetime | None
+    rotated_at: datetime | None
 
 
 class Kept:
@@ -74,7 +76,8 @@ class Kept:
         versions = {str(one): tuple(labels or ()) for one, labels in stages.items()}
         current = next((one for one, labels in versions.items() if CURRENT in labels), "")
         changed = _moment(answer, "LastChangedDate")
-        return Standing(current, versions, changed, _reread_at(answer))
+        rotated = _moment(answer, "LastRotatedDate")
+        return Standing(current, versions, changed, _reread_at(answer), rotated)
 
     def read(self, stage: str = CURRENT, version: str | None = None) -> Answer:
         """

@@ -59,7 +59,11 @@ class AwsStore:
 
     def promote(self, label: str, credential: Credential, base: str) -> bool:
         """Move AWSCURRENT, and say whether it is where it should be."""
-        return move_current(self._kept, token_of(label), base)
+        version = token_of(label)
+        moved = move_current(self._kept, version, base)
+        if not moved:
+            take_off_pending(self._kept, version)  # else no rotation of AWS's own could begin
+        return moved
 
     def close(self) -> None:
         """The account is its worker's, and is asked by others too."""
@@ -71,9 +75,14 @@ def token_of(label: str) -> str:
     return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:32]))
 
 
-def put_pending(kept: Kept, token: str, credential: Credential) -> None:
-    """Write a key as a version of its own, which nobody reads yet. Doing so twice is fine."""
-    kept.account.ask(
+def put_pending(kept: Kept, token: str, credential: Credential) -> bool:
+    """
+    Write a key as a version of its own, which nobody reads yet. Doing so twice is fine.
+
+    Returns:
+        Whether it is there as it should be; if not, the version has another value.
+    """
+    answer = kept.account.ask(
         "PutSecretValue",
         kept.secret,
         but=(WRITTEN,),
@@ -81,6 +90,7 @@ def put_pending(kept: Kept, token: str, credential: Credential) -> None:
         SecretString=_value(kept, credential.secret, credential.lease),
         VersionStages=[PENDING],
     )
+    return not answer.code
 
 
 def move_current(kept: Kept, version: str, base: str) -> bool:

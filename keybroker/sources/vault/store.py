@@ -55,24 +55,31 @@ class VaultStore:
         return self._place.secret(self._path, self._field, data)
 
     def promote(self, label: str, credential: Credential, base: str) -> bool:
-        """Write a version with the key and its label, if it follows on `base`."""
+        """
+        Write a version with the key and its label, if it follows on `base`.
+
+        Where an older one is answered, a standby is behind, or the path was deleted and begun anew.
+        Which of the two, the write says: it is the active node that compares.
+        """
         version, data = self._read()
         if data.get(LABEL) == label:
             return True
-        if version != base:
-            self._check_newer(version, base)
+        if version != base and not _is_older(version, base):
             return False
         fields = {name: value for name, value in data.items() if name != "ttl"}
         ends = credential.lease.expires_at
         fields |= {self._field: credential.secret.reveal(), LABEL: label}
         fields["expires_at"] = "" if ends is None else write_time(ends)
-        body = {"data": fields, "options": {"cas": int(base or 0)}}
-        capability = "update" if base else "create"
+        body = {"data": fields, "options": {"cas": int(version or 0)}}
+        capability = "update" if version else "create"
         reply = self._ask(capability, lambda client: client.write_data(self._path, data=body))
         if reply.status == 400 and NOT_FIRST.search(said(reply)):
             version, data = self._read()
-            if data.get(LABEL) != label:
-                self._check_newer(version, base, than_it=True)
+            if data.get(LABEL) != label and (version == base or _is_older(version, base)):
+                raise SourceUnavailable(
+                    f"{self._place.who}: {self._path}: an older version was answered",
+                    hint="by a standby that is behind; it is asked again",
+                )
             return data.get(LABEL) == label
         if reply.status >= 300:
             raise self._place.invalid(self._path, f"will not be written ({reply.status})")
@@ -96,21 +103,10 @@ class VaultStore:
             raise self._place.invalid(self._path, "answers, but not as KV 2 does")
         return str(version), data if isinstance(data, dict) else {}
 
-    def _check_newer(self, version: str, base: str, *, than_it: bool = False) -> None:
-        """
-        Check that an answer is not older than what is known to have been there.
-
-        Raises:
-            SourceUnavailable: A standby answers that is behind, so nothing is known.
-        """
-        if base and not base.isdigit():  # it is of another place
-            return
-        if int(version or 0) < int(base or 0) or (than_it and version == base):
-            raise SourceUnavailable(
-                f"{self._place.who}: {self._path}: an older version was answered",
-                hint="by a standby that is behind; it is asked again",
-            )
-
     def _ask(self, capability: str, call: Any) -> Reply:
         self._place.server.begin()
         return self._place.login.ask(call, self._path, capability)
+
+
+def _is_older(version: str, base: str) -> bool:
+    return base.isdigit() and int(version or 0) < int(base)
