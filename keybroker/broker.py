@@ -211,7 +211,7 @@ class Broker:
         Note that somebody waits for a key that is not there.
 
         A call that failed is tried again sooner than it would be, unless the server wished
-        otherwise or denied it; so is a look at a key that the clocks disagree about.
+        otherwise, or denied to mint; so is a look at a key that the clocks disagree about.
         """
         at_work = self._profiles[name]
         at_work.asked = True
@@ -414,8 +414,10 @@ class Broker:
         step = self._step(at_work) if at_work.busy is None else at_work.busy[1]
         if self.credential(name) is not None:
             return isinstance(step, rotation.Wait | rotation.Revoke | rotation.Settle)
-        if not isinstance(step, rotation.Wait) or at_work.slots.next is not None:
+        if not isinstance(step, rotation.Wait):
             return False
+        if at_work.slots.next is not None:
+            return self._is_stuck(at_work)
         soon = self._clock.read().wall + 2 * at_work.policy.retry_min
         return at_work.slots.failures > 0 or step.until is None or step.until > soon
 
@@ -423,7 +425,8 @@ class Broker:
         """Say whether nothing can be handed out yet, but a new key is on its way."""
         at_work = self._profiles[name]
         minting = at_work.busy is not None and isinstance(at_work.busy[1], rotation.Issue)
-        under_way = minting or at_work.slots.next is not None
+        coming = at_work.slots.next is not None and not self._is_stuck(at_work)
+        under_way = minting or coming
         return self.credential(name) is None and under_way
 
     def why_not(self, name: str) -> KeybrokerError:
@@ -666,6 +669,12 @@ class Broker:
             until = min(put_off, default=None)
             return rotation.Wait(None if until is None else instant.wall + (until - now))
         return step
+
+    def _is_stuck(self, at_work: _Profile) -> bool:
+        """Say whether a new key cannot be put where others read it, before something is mended."""
+        new, trouble = at_work.slots.next, at_work.slots.trouble
+        stuck = at_work.policy.publishes and new is not None and new.failures > 0
+        return stuck and trouble is not None and trouble.code != SourceUnavailable.code
 
     def _live(self, at_work: _Profile, slots: Slots) -> int:
         """Count what of these may be alive at the gateway."""
@@ -1129,7 +1138,8 @@ class Broker:
         final = _is_final(error)
         retry_after = error.retry_after if isinstance(error, SourceError) else None
         at_work.tried_at = self._plan_time(at_work, self._clock.read())
-        at_work.patient = final or retry_after is not None
+        reads = at_work.policy.kind is Kind.FOLLOWED  # to read once more makes nothing
+        at_work.patient = retry_after is not None or (final and not reads)
         at_work.slots = rotation.failed(
             at_work.slots,
             at_work.policy,
