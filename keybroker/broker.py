@@ -535,6 +535,9 @@ class Broker:
         """Give up every key of a profile, to be revoked at once: no reader gets a hold."""
         at_work = self._profiles[name]
         at_work.ending = why
+        for key in at_work.slots.keys:  # whatever was put off until now is over
+            at_work.slots = change(at_work.slots, replace(key, failures=0, not_before=None))
+        at_work.slots = replace(at_work.slots, trouble=None)
         at_work.resting = not at_work.policy.publishes  # there are others who read it
         self._change(at_work)
 

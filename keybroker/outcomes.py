@@ -88,6 +88,7 @@ def revoked(broker: Broker, name: str, labels: frozenset[str]) -> dict[str, Any]
         "revoked": len(labels) - left,
         "left": left,
         "unsettled": broker.unsettled(name),
+        "published": broker.published_at(name),
         "error": trouble.message if trouble else None,
         "code": trouble.code if trouble else None,
         "hint": trouble.hint if trouble else None,

@@ -63,6 +63,7 @@ def _row(broker: Broker, profile: Profile) -> dict[str, Any]:
         "survives_outage_s": 0.0,
         "published": broker.published_at(profile.name),
         "trouble": None if trouble is None else trouble.message,
+        "hint": None if trouble is None else trouble.hint or None,
         "open": [_open(one, policy) for one in slots.open],
         "retired": [_key(k) for k in slots.retired],
         "environment": environment(profile),

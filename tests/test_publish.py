@@ -475,3 +475,29 @@ def test_who_types_rotate_does_not_wait_for_the_next_try(
 
     assert host.shelf().text != before
     assert host.ask() == host.shelf().text
+
+
+@pytest.mark.parametrize("failing", ["stage", "promote"])
+def test_a_key_that_cannot_be_published_is_revoked_by_hand(host: Publisher, failing: str) -> None:
+    """It is given up and ended at once, however long the next try was put off."""
+    planned = [failing] * 40
+
+    def perform(one: str, call: Any) -> Any:
+        if one in planned:
+            planned.remove(one)
+            raise SourceDenied("aws: somebody may not do that")
+        return host.perform(one, call)
+
+    worker.perform = perform
+    host.ask()
+    host.run(300)
+    [stuck] = host.gateway.alive()
+    before = outcomes.ours(host.broker, "work")
+    assert before == {stuck.label}
+
+    host.broker.end("work", "revoked by request")
+    host.run(2)
+
+    assert stuck.revoked is not None
+    assert outcomes.revoked_or_denied(host.broker, "work", before)
+    assert outcomes.revoked(host.broker, "work", before)["left"] == 0

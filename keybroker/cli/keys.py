@@ -344,6 +344,10 @@ def revoke_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
             return
         for name, key in doomed:
             print(f"{name}: {key.fingerprint} at {key.issuer} would be revoked")
+        for name in chosen:
+            publish = config.profiles[name].publish if name in config.profiles else None
+            if publish is not None:
+                print(f"{name}: a new key would be published at {publish.issuer}")
         return
     with progress("revoking"):
         socket = daemon_socket()
@@ -361,6 +365,9 @@ def revoke_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
     else:
         for result in results:
             print(f"{result['profile']}: {result['revoked']} revoked")
+            if result.get("published"):  # a daemon of before says nothing of it
+                print(f"  a new one is published at {result['published']}; who reads it there")
+                print("  is refused until then, and until they look again")
             if result["unsettled"]:
                 what = "calls got no answer and may yet turn out to have made keys"
                 print(f"  {result['unsettled']} {what}; later commands look them up")

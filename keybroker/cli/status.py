@@ -260,7 +260,7 @@ def _print_details(row: dict[str, Any], found: dict[str, Any]) -> None:
     for text in found.get("lost", ()):
         print(f"  cache        {text}")
     if row["published"]:
-        print(f"  published    {row['published']}")
+        print(f"  publishes to {row['published']}")
     if row["survives_outage_s"]:
         length = timedelta(seconds=row["survives_outage_s"])
         ends = on_the_clock(_time(row["expires_at"]))
@@ -275,6 +275,8 @@ def _print_details(row: dict[str, Any], found: dict[str, Any]) -> None:
     if row["last_failure"]:
         moment = _time(row["last_failure"]["at"])
         print(f"  last failure {on_the_clock(moment)}  {row['last_failure']['message']}")
+    if row.get("hint"):  # a daemon of before has none
+        print(f"  hint         {row['hint']}")
     _print_keys(row["retired"], row["open"], row["source"])
     for text in row["warnings"]:
         print(f"  warning      {text}")
