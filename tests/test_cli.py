@@ -580,6 +580,7 @@ def test_revoke_dry_run_and_json(cli: Cli) -> None:
             "revoked": 1,
             "left": 0,
             "unsettled": 0,
+            "published": None,
             "error": None,
             "code": None,
             "hint": None,
