@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
 from keybroker import rotation
-from keybroker.clock import DISAGREEMENT, Clock, Instant, Reading, by_boot, earlier, judge
+from keybroker.clock import DISAGREEMENT, Clock, Instant, Reading, by_boot, counted, earlier, judge
 from keybroker.config import Profile, Publish
 from keybroker.credential import (
     Credential,
@@ -453,7 +453,7 @@ class Broker:
                     f"{name}: {unsure} calls got no answer and may have made keys",
                     hint="they are looked up for a minute; then try again",
                 )
-            reckoned = _by_earlier_clock(slots, self._clock.read(), now)
+            reckoned = _by_clocks(slots, self._clock.read(), now)
             room = rotation.room_at(reckoned, policy, now)
             left = "" if room is None else f" for {_in_words(room - now)} more"
             why = "" if slots.trouble is None else f" ({slots.trouble.message})"
@@ -603,17 +603,17 @@ class Broker:
         if at_work.doubt:
             return True
         instant = self._clock.read()
-        counted = by_boot(at_work.anchor, instant)
-        if counted is None or at_work.slots.current is None:
+        passed = by_boot(at_work.anchor, instant)
+        if passed is None or at_work.slots.current is None:
             return False
-        at_work.doubt = abs(instant.wall - counted - at_work.drift) > DISAGREEMENT
+        at_work.doubt = abs(instant.wall - passed - at_work.drift) > DISAGREEMENT
         return at_work.doubt
 
     def _step(self, at_work: _Profile) -> rotation.Step:
         slots, policy = at_work.slots, at_work.policy
         instant = self._clock.read()
         now = self._plan_time(at_work, instant)
-        slots = _by_earlier_clock(slots, instant, now)
+        slots = _by_clocks(slots, instant, now)
         put_off: list[datetime] = []
         if at_work.ending:
             left = [k for k in slots.keys if k.lease.revocable and (k.revoke_at or _NEVER) > now]
@@ -683,7 +683,7 @@ class Broker:
         """Count what of these may be alive at the gateway."""
         instant = self._clock.read()
         now = judge(at_work.anchor, instant).now
-        return rotation.live(_by_earlier_clock(slots, instant, now), at_work.policy, now)
+        return rotation.live(_by_clocks(slots, instant, now), at_work.policy, now)
 
     def _plan_time(self, at_work: _Profile, instant: Instant) -> datetime:
         """A new key's times are by the wall clock; the current one's by the later of both."""
@@ -1128,9 +1128,9 @@ class Broker:
             return
         at_work.doubt = verdict.look is not Look.ALIVE
         instant = self._clock.read()
-        counted = by_boot(at_work.anchor, instant)
-        if not at_work.doubt and counted is not None:
-            at_work.drift = instant.wall - counted
+        passed = by_boot(at_work.anchor, instant)
+        if not at_work.doubt and passed is not None:
+            at_work.drift = instant.wall - passed
         if verdict.look in (Look.ALIVE, Look.UNVERIFIED):
             self._hurry(at_work)  # the next key's times will be by the clocks as they are now
         if at_work.doubt and verdict.look is not Look.REFUSED:
@@ -1185,14 +1185,15 @@ def _rounded(due: datetime, at_work: _Profile, instance: str) -> datetime:
     return datetime.fromtimestamp(stamp, UTC)
 
 
-def _by_earlier_clock(slots: Slots, instant: Instant, now: datetime) -> Slots:
+def _by_clocks(slots: Slots, instant: Instant, now: datetime) -> Slots:
     """
-    Let `now` count readers' holds, look-ups and ends at the gateway by the earlier of the clocks.
+    Let `now` count readers' holds by the earlier of the clocks, all else by the one nobody sets.
 
-    A wall clock that was set forward has not used up anybody's hold.
+    A wall clock that was set forward has not used up anybody's hold, nor ended a key at the
+    gateway; one that was set back puts off no look-up.
     """
     for key in slots.keys:
-        slots = change(slots, replace(key, behind=now - earlier(key.wanted, instant)))
+        slots = change(slots, replace(key, behind=now - counted(key.wanted, instant)))
     retired = [
         replace(key, revoke_at=key.revoke_at + (now - earlier(key.retired, instant)))
         for key in slots.retired
@@ -1200,10 +1201,10 @@ def _by_earlier_clock(slots: Slots, instant: Instant, now: datetime) -> Slots:
     ]
     opened = []
     for one in slots.open:
-        since = one.since + (now - earlier(one.clocks, instant))
+        since = one.since + (now - counted(one.clocks, instant))
         looked_at = one.looked_at
         if looked_at is not None:
-            looked_at += now - earlier(one.looked_clocks, instant)
+            looked_at += now - counted(one.looked_clocks, instant)
         opened.append(replace(one, since=since, looked_at=looked_at))
     return replace(slots, retired=tuple(retired), open=tuple(opened))
 

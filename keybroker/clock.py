@@ -61,9 +61,14 @@ def judge(anchor: Instant, now: Instant) -> Reading:
 
 
 def earlier(since: Instant | None, now: Instant) -> datetime:
-    """Return the earlier of the clocks: holds and look-ups that began at `since` count by it."""
-    counted = None if since is None else by_boot(since, now)
-    return now.wall if counted is None else min(now.wall, counted)
+    """Return the earlier of the clocks: holds count by it, since a reader may go by either."""
+    return min(now.wall, counted(since, now))
+
+
+def counted(since: Instant | None, now: Instant) -> datetime:
+    """Return the time as it passed since an instant, however the wall clock was set meanwhile."""
+    passed = None if since is None else by_boot(since, now)
+    return now.wall if passed is None else passed
 
 
 def by_boot(anchor: Instant, now: Instant) -> datetime | None:

@@ -553,6 +553,9 @@ def test_the_end_of_a_profile_revokes_all_and_mints_nothing(
 
 @COMMON
 @given(HISTORY, CHANCE)
+@example(  # a clock that is set back puts off no look-up
+    [("clock", 5400.0), ("fates", ["ok", "late"]), ("clock", 5400.0)], Random(0)
+)
 def test_a_configuration_without_the_profile_forgets_no_key(
     events: list[tuple[str, object]], chance: Random
 ) -> None:
