@@ -28,7 +28,7 @@ AT_ONCE = "BatchGetSecretValue"
 def measure(folder: Path, say: Callable[[str], None]) -> Iterator[Figure]:
     """Take the figures of a worker that looks at secrets whose versions it knows."""
     del say
-    state = folder / "aws"
+    state = folder / "looks"
     state.mkdir(mode=0o700)
     with Aws() as aws, Front(aws) as front:
         for number in range(MANY):
