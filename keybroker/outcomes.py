@@ -39,6 +39,7 @@ def rotated(broker: Broker, name: str, old: Key | None) -> dict[str, Any]:
         "expires_at": None if ends is None else write_time(ends),
         "revokes_at": None if revokes is None else write_time(revokes),
         "published": broker.published_at(name),
+        "refused": new.refused_at is not None,
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from keybroker import worker
+from keybroker import outcomes, worker
 from keybroker.broker import Broker, _rounded
 from keybroker.config import Profile, read_profile
 from keybroker.credential import Credential, Issuer, Lease, Look, Phase, Secret, Verdict
@@ -903,6 +903,23 @@ def test_a_key_that_is_there_again_is_no_more_withdrawn(host: Host) -> None:
     host.owner.problem = None
     host.run(6 * MINUTE)
     assert not host.broker.slots("work").withdrawn
+
+
+def test_who_rotates_hears_that_the_gateway_refuses_what_the_source_has(host: Host) -> None:
+    """It may be the gateway's fault: the key is handed out on, and its owner can do something."""
+    host.start(following())
+    assert host.ask() == "sk-first"
+    current = host.broker.slots("work").current
+    assert not outcomes.rotated(host.broker, "work", current)["refused"]
+    host.run(5)
+    host.owner.looks["sk-first"] = Look.REFUSED
+    host.broker.check("work")
+    host.run(5)
+    host.broker.hurry("work")
+    host.run(MINUTE)
+    told = outcomes.rotated(host.broker, "work", current)
+    assert (told["rotated"], told["refused"]) == (False, True)
+    assert host.ask() == "sk-first"
 
 
 def trying(host: Host) -> None:

@@ -287,6 +287,8 @@ def _say_rotated(result: dict[str, Any]) -> None:
         return
     if not result["rotated"]:
         print(f"{name}: {result['fingerprint']} is what the source has; there is no newer one")
+        if result.get("refused"):  # a daemon of before says nothing of it
+            print("  the gateway refuses it: write a new one there")
         return
     old = f"{result['replaced']} → " if result["replaced"] else ""
     line = f"{name}: {old}{result['fingerprint']}"
