@@ -36,6 +36,7 @@ TABLE: dict[str, set[str]] = {
     "vault": set(),
     "config": set(),
     "paths": set(),
+    "settings": set(),
     "asking": set(),
     "wire": set(),
     "push": set(),
