@@ -47,6 +47,7 @@ from keybroker.vault import AUTH, PLACE, Vault, read_vault, with_variables
 # How long a lease whose answer was lost may live: longer ones are not taken; or what Vault itself
 # allows where nobody said less.
 LONGEST_LEASE, LONGEST_ORPHAN = timedelta(hours=24), timedelta(hours=768)
+SMALLEST_WINDOW = 100_000  # tokens; see https://code.claude.com/docs/en/llm-gateway-connect
 NO_VAULT = "there is no [vault] table that says how to log in to Vault; see docs/vault.md"
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
@@ -95,6 +96,43 @@ PROFILE = {
         default=True,
     ),
     "max_live": Field(COUNT, "The most unrevoked keys at one gateway.", default=4),
+    "openai_base_url": Field(
+        URL, "The same gateway for programs that speak OpenAI's API; base_url with /v1 when absent."
+    ),
+}
+CLAUDE = {
+    "haiku": Field(TEXT, "The model of the haiku tier: ANTHROPIC_DEFAULT_HAIKU_MODEL."),
+    "sonnet": Field(TEXT, "The model of the sonnet tier: ANTHROPIC_DEFAULT_SONNET_MODEL."),
+    "opus": Field(TEXT, "The model of the opus tier: ANTHROPIC_DEFAULT_OPUS_MODEL."),
+    "discovery": Field(
+        BOOLEAN,
+        "Let /model list the gateway's models that begin with claude or anthropic.",
+        default=False,
+    ),
+    "auto_compact_window": Field(
+        COUNT, "Tokens after which a session is compacted; below 100000 counts as 100000."
+    ),
+    "max_output_tokens": Field(COUNT, "The most tokens of one answer."),
+    "disable_experimental_betas": Field(
+        BOOLEAN,
+        "Send no fields that upstreams refuse as unknown, such as context_management.",
+        default=False,
+    ),
+    "disable_adaptive_thinking": Field(
+        BOOLEAN,
+        "For upstreams that refuse adaptive thinking; Opus 4.6 and Sonnet 4.6 only.",
+        default=False,
+    ),
+    "disable_nonessential_traffic": Field(
+        BOOLEAN, "No telemetry, no error reports, no updates.", default=False
+    ),
+    "bedrock_url": Field(URL, "The gateway in Bedrock's format; base_url when absent."),
+    "vertex_url": Field(URL, "The gateway in Vertex AI's format; base_url when absent."),
+    "vertex_project": Field(TEXT, "The project that Vertex AI's format names."),
+    "vertex_region": Field(TEXT, "The region that Vertex AI's format names."),
+    "foundry_url": Field(URL, "The gateway as Microsoft Foundry; base_url when absent."),
+    "aws_url": Field(URL, "The gateway as Claude Platform on AWS; base_url when absent."),
+    "aws_workspace": Field(TEXT, "The workspace at Claude Platform on AWS."),
 }
 SOURCES: dict[str, dict[str, Field]] = {
     "litellm": {
@@ -227,6 +265,8 @@ class Profile:
     anthropic_key: bool
     push: bool
     max_live: int
+    openai_base_url: str | None
+    claude: Mapping[str, Any]
     type: str
     source: Mapping[str, Any]
     vault: Vault | None
@@ -305,6 +345,12 @@ class Profile:
             found.append(
                 f"profiles.{self.name}.hold: shorter than two of its readers' looks "
                 "(publish.poll): they may still use a key that is revoked"
+            )
+        window = self.claude.get("auto_compact_window")
+        if window is not None and window < SMALLEST_WINDOW:
+            found.append(
+                f"profiles.{self.name}.claude.auto_compact_window: Claude Code takes it for "
+                f"{SMALLEST_WINDOW}"
             )
         if self.verify == "none":
             found.append(f"profiles.{self.name}.verify: new keys are handed out untried")
@@ -411,7 +457,9 @@ def parse(
         if name in shared:
             raise where.error(("defaults", name), "belongs into each profile; it is not shared")
     known = {name: Field(one.kind, one.doc) for name, one in PROFILE.items()}
-    read_table_of(shared, known, ("defaults",), where)
+    claude = _dict(shared, "claude", where, ("defaults",))
+    read_table_of(claude, CLAUDE, ("defaults", "claude"), where)
+    read_table_of({k: v for k, v in shared.items() if k != "claude"}, known, ("defaults",), where)
     vault = _dict(tables, "vault", where)
     for name in vault:
         if name not in (*PLACE, "auth"):
@@ -430,7 +478,10 @@ def parse(
         for word in ("vault", "aws"):
             if word in entry:
                 raise where.error(("profiles", name, word), unknown(word, list(PROFILE)))
-        whole = _with_vault(name, {**shared, **entry}, vault, environment, where)
+        whole = {**shared, **entry}
+        if claude and isinstance(entry.get("claude", {}), dict):
+            whole["claude"] = {**claude, **entry.get("claude", {})}
+        whole = _with_vault(name, whole, vault, environment, where)
         whole = _with_account(whole, account, environment)
         profiles[name] = read_profile(name, whole, where)
     default = general["default"]
@@ -492,8 +543,10 @@ def read_profile(name: str, raw: Mapping[str, Any], where: Where) -> Profile:
         ConfigError: It has an unknown key, a wrong value, or numbers that cannot work together.
     """
     path = ("profiles", name)
-    given = {k: v for k, v in raw.items() if k not in ("source", "publish", "vault", "aws")}
+    tables = ("claude", "source", "publish", "vault", "aws")
+    given = {k: v for k, v in raw.items() if k not in tables}
     values = read_table_of(given, PROFILE, path, where)
+    claude = read_table_of(_dict(raw, "claude", where, path), CLAUDE, (*path, "claude"), where)
     if "source" not in raw:
         raise where.error(path, "has no [source] table")
     source = _dict(raw, "source", where, path)
@@ -519,6 +572,7 @@ def read_profile(name: str, raw: Mapping[str, Any], where: Where) -> Profile:
     profile = Profile(
         name=name,
         **values,
+        claude={key: value for key, value in claude.items() if value not in (None, False)},
         type=kind,
         source=settings,
         vault=vault,
@@ -641,7 +695,7 @@ def schema() -> dict[str, Any]:
     base = _object(PROFILE)
     vault = _object(PLACE)
     vault["properties"]["auth"] = {"oneOf": [_named("method", *one) for one in AUTH.items()]}
-    properties = dict(base["properties"])
+    properties = {**base["properties"], "claude": _object(CLAUDE)}
     for table, key, kinds in (("source", "type", SOURCES), ("publish", "to", PUBLISH)):
         one_of_them = [_named(key, *one) for one in kinds.items()]
         for one in one_of_them:
@@ -663,7 +717,10 @@ def schema() -> dict[str, Any]:
             "cache": _object(CACHE),
             "vault": vault,
             "aws": _object(aws.PLACE),
-            "defaults": {k: v for k, v in base.items() if k != "required"},
+            "defaults": {
+                **{k: v for k, v in base.items() if k != "required"},
+                "properties": {**base["properties"], "claude": _object(CLAUDE)},
+            },
             "profiles": {
                 "type": "object",
                 "propertyNames": {"pattern": f"^{NAME.pattern}$"},

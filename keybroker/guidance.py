@@ -25,12 +25,41 @@ ENV = "guidance.env"
 TTL_VARIABLE = "CLAUDE_CODE_API_KEY_HELPER_TTL_MS"
 
 
+# How a key of `[profiles.X.claude]` is told to Claude Code.
+VARIABLES = {
+    "haiku": "ANTHROPIC_DEFAULT_HAIKU_MODEL",
+    "sonnet": "ANTHROPIC_DEFAULT_SONNET_MODEL",
+    "opus": "ANTHROPIC_DEFAULT_OPUS_MODEL",
+    "discovery": "CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY",
+    "auto_compact_window": "CLAUDE_CODE_AUTO_COMPACT_WINDOW",
+    "max_output_tokens": "CLAUDE_CODE_MAX_OUTPUT_TOKENS",
+    "disable_experimental_betas": "CLAUDE_CODE_DISABLE_EXPERIMENTAL_BETAS",
+    "disable_adaptive_thinking": "CLAUDE_CODE_DISABLE_ADAPTIVE_THINKING",
+    "disable_nonessential_traffic": "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC",
+}
+
+
 def environment(profile: Profile) -> dict[str, str]:
     """Return the variables that Claude Code should have, in its settings or from a shell."""
     return {
         "ANTHROPIC_BASE_URL": profile.base_url,
         TTL_VARIABLE: str(_milliseconds(profile)),  # a plain decimal integer, or it is ignored
+        **extras(profile),
     }
+
+
+def extras(profile: Profile) -> dict[str, str]:
+    """Return those of the variables that hold for every format that a gateway may speak."""
+    found = {}
+    for key, variable in VARIABLES.items():
+        if (value := profile.claude.get(key)) is not None:
+            found[variable] = "1" if value is True else str(value)
+    if profile.headers:
+        lines = (f"{name}: {value}" for name, value in profile.headers.items())
+        found["ANTHROPIC_CUSTOM_HEADERS"] = "\n".join(lines)
+    if profile.ca is not None:
+        found["NODE_EXTRA_CA_CERTS"] = profile.ca
+    return found
 
 
 def ttl_reason(profile: Profile) -> str:

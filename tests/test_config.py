@@ -66,6 +66,8 @@ def test_the_smallest_profile_has_every_default() -> None:
         "anthropic_key": False,
         "push": True,
         "max_live": 4,
+        "openai_base_url": None,
+        "claude": {},
         "type": "litellm",
         "source": {
             "admin": Reference("env", "ADMIN"),

@@ -20,7 +20,7 @@ import pytest
 from keybroker import aws, client, daemon, guidance, paths, push, server, sessions, starting, wire
 from keybroker.cli.base import COMMANDS, keybroker
 from keybroker.cli.status import NATIVE, helper_line
-from keybroker.config import CACHE, GENERAL, PROFILE, PUBLISH, SOURCES, parse
+from keybroker.config import CACHE, CLAUDE, GENERAL, PROFILE, PUBLISH, SOURCES, parse
 from keybroker.devgateway import DevGateway
 from keybroker.document import Where
 from keybroker.errors import CLASSES
@@ -89,6 +89,7 @@ HEADINGS: dict[str, Mapping[str, Field]] = {
     "Top level": GENERAL,
     "`[cache]`": CACHE,
     "`[profiles.<name>]`": PROFILE,
+    "`[profiles.<name>.claude]`": CLAUDE,
     **{
         f'`[profiles.<name>.source]` with `type = "{kind}"`': {
             name: one for name, one in fields.items() if name not in PLACE or kind != "vault"
@@ -108,6 +109,8 @@ HEADINGS: dict[str, Mapping[str, Field]] = {
 IN_WORDS = {  # defaults that depend on something else
     "hold": "the longer of `15m` and 3 x `helper_ttl` + `10m`",
     "url": "scheme and host of `base_url`",
+    "openai_base_url": "`base_url` with `/v1`",
+    **{f"{kind}_url": "`base_url`" for kind in ("bedrock", "vertex", "foundry", "aws")},
 }
 
 

@@ -110,7 +110,7 @@ def _value(value: Any) -> Any:
 
 def _print_tables(name: str, values: Mapping[str, Any]) -> None:
     """Print a table, and below it those of its parts that have a heading of their own."""
-    below = {key: value for key, value in values.items() if key in ("source", "auth")}
+    below = {key: value for key, value in values.items() if key in ("claude", "source", "auth")}
     print(f"\n[{name}]")
     for key, value in values.items():
         if key not in below:

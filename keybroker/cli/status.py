@@ -290,9 +290,7 @@ def _print_settings(row: dict[str, Any]) -> None:
     print("  settings.json, to paste:")
     print(f'    "apiKeyHelper": {_quoted(helper)},')
     print('    "env": {')
-    print(f'      "ANTHROPIC_BASE_URL": {_quoted(env["ANTHROPIC_BASE_URL"])},')
-    ttl = env["CLAUDE_CODE_API_KEY_HELPER_TTL_MS"]
-    print(f'      "CLAUDE_CODE_API_KEY_HELPER_TTL_MS": "{ttl}"')
+    print(",\n".join(f"      {_quoted(name)}: {_quoted(value)}" for name, value in env.items()))
     print("    }")
     print(f"    ({row['ttl_reason']})")
 
