@@ -42,6 +42,21 @@ def write(name: str, value: str) -> None:
         raise CacheLocked("keyring: what was written could not be read back")
 
 
+def remove(name: str) -> None:
+    """
+    Remove an entry; one that is not there is a success.
+
+    Raises:
+        CacheLocked: It could not be removed.
+    """
+    backend = _backend()
+    try:
+        if backend.get_password(SERVICE, name) is not None:
+            backend.delete_password(SERVICE, name)
+    except Exception as error:
+        raise CacheLocked(f"keyring: cannot be written ({type(error).__name__})") from None
+
+
 def _backend() -> "KeyringBackend":
     """
     Return the one backend that this system may use.

@@ -27,7 +27,7 @@ from keybroker.cache import Cache, Cached, find_wrap_key
 from keybroker.carry import decode_session, encode_session
 from keybroker.clock import Clock, Instant
 from keybroker.config import Profile, read_profile
-from keybroker.credential import Credential, Issuer, Lease, Secret, Session
+from keybroker.credential import Credential, Issuer, Lease, Reference, Secret, Session
 from keybroker.document import Where
 from keybroker.errors import (
     CacheError,
@@ -384,6 +384,28 @@ class Operations:
                 "boot_id": cached.anchor.boot_id,
             }
         }
+
+    def recognise(
+        self, candidates: list[str], root: str, ca: str | None, asked: bool
+    ) -> dict[str, Any]:
+        """Find out which gateway it is and where it answers, with no key of anybody's."""
+        from keybroker.sources.recognise import recognise
+
+        return recognise(candidates, root, ca, asked=asked)
+
+    def entrust(self, name: str, secret: Secret, folder: str | None) -> dict[str, Any]:
+        """Put a secret where a reference finds it: into the OS keyring, or a file of its own."""
+        from keybroker.sources.entrust import entrust
+
+        reference, new = perform("keep", lambda: entrust(name, secret, folder))
+        return {"kind": reference.kind, "value": reference.value, "new": new}
+
+    def withdraw(self, kind: str, value: str) -> dict[str, Any]:
+        """Take back what was entrusted and is not needed."""
+        from keybroker.sources.entrust import withdraw
+
+        perform("forget", lambda: withdraw(Reference(kind, value)))
+        return {}
 
     def forget(self, profile: str) -> dict[str, Any]:
         perform("forget", lambda: Cache(self.state, None, self.disk).forget(profile))
