@@ -237,7 +237,7 @@ def refusal(
 
 
 def test_nobody_listens(patience: None) -> None:
-    """It is said which host, and what to look at."""
+    """The host is named, and what to look at."""
     with pytest.raises(SourceUnavailable, match="could not be reached") as caught:
         ask(refused_url())
     assert "is it running?" in (caught.value.hint or "")

@@ -1,0 +1,1 @@
+"""Other programs' configuration: what is set there, and by whom."""
