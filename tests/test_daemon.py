@@ -20,7 +20,7 @@ import pytest
 
 from keybroker import client, paths, wire
 from keybroker.audit import Audit
-from keybroker.cli.status import helper_line
+from keybroker.connect.line import helper_line
 from keybroker.devgateway import DevGateway
 from keybroker.errors import ConfigError, NotReady
 from keybroker.journal import Journal

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from keybroker import asking
-from keybroker.cli.status import helper_command, helper_line
+from keybroker.connect.line import helper_command, helper_line
 from native.build import NAME, SOURCE, compile_helper
 from tests.servers.unix import NOBODY, ScriptedServer, read
 

@@ -29,7 +29,7 @@ def daemon_command(log: str, stop: bool) -> None:
     when none runs; what that one says is in daemon.log beside the journal.
     """
     if stop:
-        print(_end())
+        print(end_daemon())
         return
     configuration()  # what is wrong with it is said here, with file and line
     socket = paths.socket_path(os.environ)
@@ -57,7 +57,7 @@ def reload_command(as_json: bool) -> None:
         print(f"reloaded: {count} profile{'' if count == 1 else 's'}")
 
 
-def _end() -> str:
+def end_daemon() -> str:
     """End the running daemon, whatever its configuration; say what became of it."""
     found = paths.owner(state())
     if found is None or not listening.answers(str(found.socket)):

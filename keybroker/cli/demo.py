@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from keybroker.cli.base import coloured
-from keybroker.cli.status import helper_command
+from keybroker.connect.line import helper_command
 from keybroker.errors import KeybrokerError
 
 SECONDS = 16.0

@@ -1,17 +1,14 @@
 """status: how every key stands, what comes next, and the lines to paste."""
 
 import json
-import os
-import shlex
 import sys
-import sysconfig
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import click
 
-from keybroker import paths, standing, wire
+from keybroker import standing, wire
 from keybroker.audit import Audit
 from keybroker.cli.base import (
     Duration,
@@ -23,6 +20,7 @@ from keybroker.cli.base import (
 )
 from keybroker.cli.work import configuration, daemon_socket, desk, state
 from keybroker.config import Config
+from keybroker.connect.line import helper_line
 from keybroker.credential import Phase
 from keybroker.errors import JournalError, NobodyAnswers
 
@@ -39,7 +37,6 @@ COLOURS = {
 
 
 LID = timedelta(hours=8)
-NATIVE = "keybroker-key"  # the helper in C, which native/build.py has installed or not
 
 
 @click.command("status")
@@ -172,37 +169,6 @@ def _lid(row: dict[str, Any], length: timedelta) -> dict[str, Any]:
 def settings(row: dict[str, Any]) -> dict[str, Any]:
     """Return what belongs into Claude Code's settings.json for a profile."""
     return {"apiKeyHelper": helper_line(row["profile"]), "env": row["environment"]}
-
-
-def helper_line(profile: str) -> str:
-    """
-    Return the line that Claude Code runs for a key.
-
-    `exec`, so that the shell that runs it is gone and the client is the helper's parent; `-`, so
-    that the line is the same on every machine that has keybroker in the same place.
-    """
-    socket = "-"
-    if "KEYBROKER_CONFIG" in os.environ:  # its daemon is asked, whatever the client's has
-        socket = str(paths.socket_path(os.environ))
-    words = (
-        word if word[0] == "-" else f"'{word}'" if "'" not in word else shlex.quote(word)
-        for word in helper_command(socket, profile)
-    )
-    return f"exec {' '.join(words)}"
-
-
-def helper_command(socket: str, profile: str) -> list[str]:
-    """
-    Return the helper with its arguments: the native one if this installation has it.
-
-    Args:
-        socket: Where to ask; -: the usual place.
-    """
-    native = os.path.join(sysconfig.get_path("scripts"), NATIVE)
-    if os.path.isfile(native) and os.access(native, os.X_OK):
-        return [native, socket, profile, sys.executable]
-    place = os.path.join(os.path.dirname(os.path.dirname(__file__)), "helper.py")
-    return [sys.executable, "-IS", place, socket, profile]
 
 
 def _last_failures(where: Path) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,273 @@
+"""connect, disconnect: Claude Code and its relatives, set up and taken back."""
+
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from keybroker import guidance, settings
+from keybroker.cli.base import coloured, print_json, progress
+from keybroker.cli.daemon import end_daemon
+from keybroker.cli.work import configuration, daemon_socket, state
+from keybroker.config import Profile
+from keybroker.connect import SURFACES, edit, surface
+from keybroker.connect.plan import Piece, Place, Plan
+from keybroker.connect.proof import prove
+from keybroker.connect.record import Entry, Record
+from keybroker.errors import ConfigError, KeybrokerError
+
+FOLDER = click.Path(path_type=Path)
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Show what would change; change nothing.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+SURFACE = click.Choice(list(SURFACES))
+
+
+@click.command("connect")
+@click.argument("surfaces", nargs=-1, type=SURFACE, metavar="[SURFACE]...")
+@click.option("--profile", metavar="PROFILE", help="Whose keys; the only or default one.")
+@click.option(
+    "--scope",
+    type=click.Choice(["user", "local", "managed"]),
+    default="user",
+    help="For you, for you in this project, or for everybody on the machine.",
+)
+@click.option("--follow", is_flag=True, help="Let the daemon mend the TTL when it has to change.")
+@click.option("--force", is_flag=True, help="Replace what others set; disconnect puts it back.")
+@click.option("--no-check", is_flag=True, help="Do not try the helper afterwards.")
+@click.option(
+    "--for",
+    "system",
+    type=click.Choice(["linux", "macos", "windows"]),
+    help="Write for machines of this kind (managed).",
+)
+@click.option("--output", type=FOLDER, help="Write below this folder, not the machine's root.")
+@click.option("--installed-in", metavar="FOLDER", help="Where keybroker is on those machines.")
+@DRY_RUN
+@JSON
+def connect_command(
+    surfaces: Sequence[str],
+    profile: str | None,
+    scope: str,
+    follow: bool,
+    force: bool,
+    no_check: bool,
+    system: str | None,
+    output: Path | None,
+    installed_in: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Set up Claude Code, or another SURFACE, to use a profile's keys.
+
+    Only the keys that matter are edited; every other byte of a file stays. `keybroker disconnect`
+    takes it back.
+    """
+    wanted = configuration().profile(profile)
+    changes: dict[str, Any] = {"output": output and output.absolute(), "installed_in": installed_in}
+    if system is not None:
+        changes["system"] = system
+    for name in surfaces or ("claude",):
+        job = _Job(name, wanted, Place.here(**changes), scope, follow=follow, force=force)
+        job.run(dry_run=dry_run, check=not no_check, as_json=as_json)
+
+
+def connect_profile(name: str) -> None:
+    """Connect Claude Code to a profile, for its user."""
+    job = _Job("claude", configuration().profile(name), Place.here(), "user")
+    job.run(dry_run=False, check=True, as_json=False)
+
+
+class _Job:
+    """One surface, connected."""
+
+    def __init__(
+        self,
+        surface_name: str,
+        profile: Profile,
+        place: Place,
+        scope: str,
+        *,
+        follow: bool = False,
+        force: bool = False,
+    ) -> None:
+        self.surface, self.profile, self.place, self.scope = surface_name, profile, place, scope
+        self.follow, self.force = follow, force
+
+    def run(self, *, dry_run: bool, check: bool, as_json: bool) -> None:
+        module = surface(self.surface)
+        if self.scope not in module.SCOPES:
+            raise ConfigError(
+                f"{self.surface}: has no scope {self.scope}",
+                hint=f"--scope {' or '.join(module.SCOPES)}",
+            )
+        plan: Plan = module.plan(self.profile, self.place, self.scope)
+        if not as_json:
+            for text in plan.before:
+                print(f"note: {text}", file=sys.stderr)
+        done = []
+        if dry_run:
+            with Record.open(state()) as record:
+                done = [self._work_out(piece, record) for piece in plan.pieces]
+        else:
+            done = [self._write(piece) for piece in plan.pieces]
+        tried = None
+        if check and not dry_run and plan.line is not None:
+            tried = _prove(plan, self.place)
+        if as_json:
+            files = [_described(one) for one in done]
+            print_json({"surface": self.surface, "files": files, "key": tried, "text": plan.text})
+            return
+        for one in done:
+            print(_diff(one) if dry_run else _said(one))
+        if plan.text:
+            print(plan.text)
+        if dry_run:
+            return
+        if tried is not None:
+            print(f"tried: the helper printed the key {tried}, with the daemon up and down")
+        if plan.line is not None:
+            print(f"{guidance.TTL_VARIABLE}: {guidance.ttl_reason(self.profile)}")
+        if plan.after:
+            print("\nnow:")
+            for number, text in enumerate(plan.after, 1):
+                print(f"  {number}. {text}")
+
+    def _work_out(self, piece: Piece, record: Record) -> edit.Change:
+        return edit.to_connect(
+            piece,
+            record,
+            surface=self.surface,
+            profile=self.profile.name,
+            scope=self.scope,
+            follow=self.follow,
+            force=self.force,
+        )
+
+    def _write(self, piece: Piece) -> edit.Change:
+        with Record.open(state()) as record:
+            for _ in range(edit.TRIES):
+                change = self._work_out(piece, record)
+                if edit.commit(change, record):
+                    return change
+        raise edit.changed_too_often(piece.file)
+
+
+@click.command("disconnect")
+@click.argument("surfaces", nargs=-1, type=SURFACE, metavar="[SURFACE]...")
+@click.option("--profile", metavar="PROFILE", help="Only what was connected to this profile.")
+@click.option("--scope", type=click.Choice(["user", "local", "managed"]), help="Only this scope.")
+@DRY_RUN
+@JSON
+def disconnect_command(
+    surfaces: Sequence[str], profile: str | None, scope: str | None, dry_run: bool, as_json: bool
+) -> None:
+    """Take back what connect wrote: all of it, or that of each SURFACE.
+
+    A file that nobody changed since becomes what it was, byte for byte. In others our keys are
+    taken out, and what they replaced is put back.
+    """
+    done: list[edit.Change] = []
+    with Record.open(state()) as record:
+        for file, entry in list(record.files.items()):
+            if _is_meant(entry, surfaces, profile, scope):
+                done.append(_take_back(Path(file), record, dry_run=dry_run))
+    if as_json:
+        print_json({"files": [_described(one) for one in done]})
+        return
+    for one in done:
+        print(_diff(one) if dry_run else _said(one))
+    if not done:
+        print("nothing is connected")
+
+
+def _is_meant(
+    entry: Entry, surfaces: Sequence[str], profile: str | None, scope: str | None
+) -> bool:
+    return (
+        (not surfaces or entry.surface in surfaces)
+        and profile in (None, entry.profile)
+        and scope in (None, entry.scope)
+    )
+
+
+def _take_back(file: Path, record: Record, *, dry_run: bool) -> edit.Change:
+    for _ in range(edit.TRIES):
+        change = edit.to_disconnect(file, record)
+        if dry_run or edit.commit(change, record):
+            return change
+    raise edit.changed_too_often(file)
+
+
+def _prove(plan: Plan, place: Place) -> str:
+    """Run the line with the daemon up, and once more after it was ended."""
+    assert plan.line is not None, "there is something to try"
+    try:
+        with progress("trying the helper"):
+            first = prove(plan.line, plan.environment, place.environment)
+            if daemon_socket() is not None:
+                end_daemon()
+                prove(plan.line, plan.environment, place.environment)
+    except KeybrokerError as error:
+        raise type(error)(
+            f"connected, but {error.message}",
+            hint=error.hint or "keybroker status; to take it back: keybroker disconnect",
+        ) from None
+    return first
+
+
+def _said(change: edit.Change) -> str:
+    """Say what was done to a file, in a line or a few."""
+    file = change.target.file
+    if change.entry is not None:
+        lines = [f"{'wrote' if change.is_one else 'as it was'}  {file}"]
+        lines += [f"  {name}: replaced; disconnect puts it back" for name in change.replaced]
+        return "\n".join(lines)
+    if change.data is None:
+        return f"removed  {file}, which was not there before"
+    if change.exact:
+        return f"restored  {file}, byte for byte"
+    lines = [f"restored  {file}: it was changed since, so ours alone was taken out"]
+    lines += [f"  {name}: changed since, and stays" for name in change.kept]
+    return "\n".join(lines)
+
+
+def _described(change: edit.Change) -> dict[str, Any]:
+    return {
+        "file": str(change.target.file),
+        "changed": change.is_one,
+        "removed": change.data is None,
+        "exact": change.exact,
+        "kept": list(change.kept),
+        "replaced": list(change.replaced),
+    }
+
+
+def _diff(change: edit.Change) -> str:
+    """Show a change; of strings that are not ours only an ellipsis is shown."""
+    file = str(change.target.file)
+    if not change.is_one:
+        return f"{file}: nothing to change"
+    plain = [
+        text
+        for entry in (change.entry, change.old)
+        if entry is not None
+        for key in entry.keys
+        for text in edit.value_shown(key.value)
+    ]
+    whole = (change.entry or change.old) is not None and not plain
+
+    def lines(data: bytes | None) -> list[str]:
+        text = "" if data is None else data.decode("utf-8", "replace")
+        if not whole and text.strip("\ufeff \t\r\n"):
+            text = settings.shown(text, plain)
+        return [line.rstrip("\r\n") for line in text.splitlines()]
+
+    before, after = lines(change.target.data), lines(change.data)
+    found = difflib.unified_diff(before, after, file, file, lineterm="", n=2)
+    colours = {"+": "green", "-": "red"}
+    return "\n".join(
+        coloured(line, colours[line[0]]) if line[:1] in colours else line for line in found
+    )

@@ -1,0 +1,148 @@
+"""Claude Code: settings.json of the user, of one project, or of the machine.
+
+See: https://code.claude.com/docs/en/settings
+"""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from keybroker import guidance, paths, settings
+from keybroker.config import Profile
+from keybroker.connect.line import helper_line, shared_line
+from keybroker.connect.plan import Keys, Line, Piece, Place, Plan, Whole
+from keybroker.errors import ConfigError
+
+SCOPES = ("user", "local", "managed")
+HELPER = "apiKeyHelper"
+DROP_IN = "managed-settings.d/50-keybroker.json"
+MANAGED = {
+    "linux": "/etc/claude-code",
+    "macos": "/Library/Application Support/ClaudeCode",
+    "windows": "C:\\Program Files\\ClaudeCode",
+}
+WIZARD = "what a project's file sets counts only after the first-run wizard and the trust prompt"
+STOPS = (
+    "with a helper set, Claude Code has no Remote Control and no voice dictation",
+    "Claude in Slack and on the web never use a gateway",
+)
+
+
+def plan(profile: Profile, place: Place, scope: str) -> Plan:
+    """
+    Say what connects Claude Code.
+
+    Raises:
+        ConfigError: The scope is not possible here.
+    """
+    return plan_with(profile, place, scope, guidance.environment(profile))
+
+
+def plan_with(profile: Profile, place: Place, scope: str, environment: dict[str, str]) -> Plan:
+    """Say what connects Claude Code with other variables than the usual ones."""
+    if scope == "managed":
+        return _managed(profile, place, environment)
+    line = helper_line(profile.name, place.environment)
+    if named := paths.named_config(place.environment):  # for who starts a daemon
+        environment = {**environment, "KEYBROKER_CONFIG": named}
+    values: dict[settings.Path, Any] = {(HELPER,): line}
+    values |= {("env", name): value for name, value in environment.items()}
+    file = user_file(place) if scope == "user" else local_file(place)
+    pieces: tuple[Piece, ...] = (Keys(file, values, guarded=((HELPER,),)),)
+    before: tuple[str, ...] = STOPS
+    if scope == "local":
+        if (ignored := _ignored(place.folder)) is not None:
+            pieces = (ignored, *pieces)
+        before = (*STOPS, WIZARD)
+    return Plan(pieces, before, _after(profile, place), line=line, environment=environment)
+
+
+def user_file(place: Place) -> Path:
+    """Return the user's settings; CLAUDE_CONFIG_DIR moves them."""
+    return configuration_folder(place) / "settings.json"
+
+
+def configuration_folder(place: Place) -> Path:
+    named = place.environment.get("CLAUDE_CONFIG_DIR")
+    return Path(named).absolute() if named else place.home / ".claude"
+
+
+def local_file(place: Place) -> Path:
+    return place.folder / ".claude/settings.local.json"
+
+
+def managed_file(place: Place) -> Path:
+    return place.machine(f"{MANAGED[place.system]}/{DROP_IN}")
+
+
+def _managed(profile: Profile, place: Place, environment: dict[str, str]) -> Plan:
+    """
+    Set helper and address for the whole machine, in one file: only together do they hold.
+
+    A project's own settings come after it, so what would lead requests around the gateway is
+    switched off there by name.
+    """
+    line = shared_line(profile.name, place)
+    document = {HELPER: line, "env": {**environment}}
+    data = (json.dumps(document, indent=2) + "\n").encode()
+    here = place.output is None and place.system == Place.here().system
+    return Plan(
+        (Whole(managed_file(place), data, 0o644),),
+        STOPS,
+        _after(profile, place) if here else (f"goes to {MANAGED[place.system]} on those machines",),
+        line=line if here else None,
+        environment=environment,
+    )
+
+
+def _ignored(folder: Path) -> Line | None:
+    """Return the line that has git ignore a project's local settings; None: not needed."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: is not a folder")
+    name = ".claude/settings.local.json"
+    if _git(folder, "check-ignore", "-q", name) != (1, ""):
+        return None
+    status, found = _git(folder, "rev-parse", "--git-path", "info/exclude")
+    _, prefix = _git(folder, "rev-parse", "--show-prefix")
+    return None if status else Line((folder / found).absolute(), f"/{prefix}{name}")
+
+
+def _git(folder: Path, *words: str) -> tuple[int, str]:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return 127, ""
+    return done.returncode, done.stdout.decode(errors="surrogateescape").strip("\n")
+
+
+def _after(profile: Profile, place: Place) -> tuple[str, ...]:
+    steps = ["restart Claude Code where it runs"]
+    if has_login(place):
+        steps.insert(0, "claude /logout, since a login is saved here")
+    lines = f"`Anthropic base URL: {profile.base_url}` and `API key: apiKeyHelper`"
+    return (
+        *steps,
+        f"/status has the lines {lines}; a line `Login method` means that it did not take",
+        "/model lists what you can choose; then try one prompt",
+    )
+
+
+def has_login(place: Place) -> bool:
+    """Say whether a login at Anthropic is saved for this user, where that can be seen."""
+    folder = configuration_folder(place)
+    if (folder / ".credentials.json").is_file():
+        return True
+    for file in (folder / ".claude.json", place.home / ".claude.json"):
+        try:
+            if "oauthAccount" in json.loads(file.read_bytes()):
+                return True
+        except (OSError, ValueError, TypeError, RecursionError):
+            continue
+    return False

@@ -1,0 +1,228 @@
+"""Files of other programs: read, and replaced only while they are what was read."""
+
+import ctypes
+import errno
+import os
+import shutil
+import stat
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from keybroker.errors import ConfigError
+
+LARGEST = 16 << 20
+_EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
+_AT_FDCWD = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A file as it was read. `real` is where links lead; `data` is None when there is none."""
+
+    file: Path
+    real: Path
+    data: bytes | None
+
+    @property
+    def text(self) -> str | None:
+        """
+        Its text, a byte order mark included.
+
+        Raises:
+            ConfigError: It is not UTF-8.
+        """
+        if self.data is None:
+            return None
+        try:
+            return self.data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = self.data.count(b"\n", 0, error.start) + 1
+            raise ConfigError(f"{self.file}:{line}: not UTF-8; nothing was changed") from None
+
+
+def read(file: Path) -> Target:
+    """
+    Read a file that we may replace.
+
+    Raises:
+        ConfigError: It is not a file, another's, read-only, or larger than 16 MiB.
+    """
+    try:
+        real = file.resolve(strict=False)
+        descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        _check_folder(file, real)
+        return Target(file, real, None)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
+        raise _cannot(file, "read", error) from None
+    with open(descriptor, "rb") as opened:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ConfigError(f"{file}: is not a file")
+        if found.st_uid != os.geteuid():
+            raise ConfigError(f"{file}: belongs to another user; nothing was changed")
+        if not found.st_mode & stat.S_IWUSR:
+            raise ConfigError(
+                f"{file}: is read-only; nothing was changed", hint=f"type: chmod u+w {file}"
+            )
+        if found.st_nlink > 1:
+            raise ConfigError(
+                f"{file}: has a second name (a hard link), which would keep the old text",
+                hint=f"make it a copy or a symbolic link; see: ls -li {file}",
+            )
+        try:
+            data = opened.read(LARGEST + 1)
+        except OSError as error:
+            raise _cannot(file, "read", error) from None
+    if len(data) > LARGEST:
+        raise ConfigError(f"{file}: larger than 16 MiB; nothing was changed")
+    if not os.access(real.parent, os.W_OK):
+        raise ConfigError(f"{real.parent}: may not be written by this user; nothing was changed")
+    return Target(file, real, data)
+
+
+def replace(target: Target, data: bytes | None, *, mode: int = 0o600) -> bool:
+    """
+    Put new contents in place of what was read, at once and synced; None removes the file.
+
+    What another program writes meanwhile is not lost: where the system can exchange two files,
+    what was replaced is looked at and, if it is not what was read, put back.
+
+    Args:
+        mode: Of a file that is made. One that was there keeps its own.
+
+    Returns:
+        False when the file is not any more what was read; nothing is changed then.
+
+    Raises:
+        ConfigError: The disk will not have it.
+    """
+    # hidden, and with an ending of its own: nobody takes it for a file of settings
+    draft = target.real.with_name(f".{target.real.name}.keybroker")
+    try:
+        with suppress(FileNotFoundError):
+            draft.unlink()
+        if data is None:
+            return _remove(target, draft)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(draft, flags, mode), "wb") as file:
+            file.write(data)
+            file.flush()
+            if target.data is not None:
+                _look_like(target.real, draft)
+            os.fsync(file.fileno())
+        done = _swap(target, draft)
+        if done:
+            _sync_folder(target.real.parent)
+        return done
+    except OSError as error:
+        raise _cannot(target.file, "written", error) from None
+    finally:
+        with suppress(OSError):
+            draft.unlink()
+
+
+def make_folder(folder: Path, mode: int = 0o700) -> list[Path]:
+    """
+    Make a folder and those above it; return those that were made, the deepest first.
+
+    Raises:
+        ConfigError: It cannot be made.
+    """
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        folder.mkdir(mode=mode, parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot(folder, "made", error) from None
+    return missing
+
+
+def _swap(target: Target, draft: Path) -> bool:
+    if target.data is None:
+        try:
+            os.link(draft, target.real)  # fails if somebody made one meanwhile
+        except FileExistsError:
+            return False
+        return True
+    if _exchange(draft, target.real):
+        if _bytes(draft) == target.data:
+            return True
+        _exchange(draft, target.real)
+        return False
+    if _bytes(target.real) != target.data:
+        return False
+    draft.replace(target.real)
+    return True
+
+
+def _remove(target: Target, draft: Path) -> bool:
+    try:
+        target.real.rename(draft)
+    except FileNotFoundError:
+        return target.data is None
+    if _bytes(draft) == target.data:
+        return True
+    with suppress(FileExistsError):
+        os.link(draft, target.real)
+    return False
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two files change places in one step; False where the system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    a, b = os.fsencode(one), os.fsencode(other)
+    try:
+        if sys.platform == "darwin":
+            result = libc.renamex_np(a, b, ctypes.c_uint(_EXCHANGE))
+        else:
+            here = ctypes.c_int(_AT_FDCWD)
+            result = libc.renameat2(here, a, here, b, ctypes.c_uint(_EXCHANGE))
+    except AttributeError:  # a libc from before 2018
+        return False
+    if result == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOENT):
+        return False
+    raise OSError(number, os.strerror(number))
+
+
+def _look_like(old: Path, new: Path) -> None:
+    """Give a draft the mode, owner and attributes of what it replaces, and the present time."""
+    found = old.stat()
+    if (found.st_uid, found.st_gid) != (os.geteuid(), os.getegid()):
+        with suppress(PermissionError):
+            os.chown(new, found.st_uid, found.st_gid)
+    shutil.copystat(old, new)
+    os.utime(new)
+
+
+def _bytes(file: Path) -> bytes | None:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_folder(file: Path, real: Path) -> None:
+    """See that a file that is not there could be made: what is above it is a folder of ours."""
+    above = next(one for one in real.parents if one.exists())
+    if not above.is_dir():
+        raise ConfigError(f"{file}: {above} is not a folder")
+    if not os.access(above, os.W_OK):
+        raise ConfigError(f"{above}: may not be written by this user; nothing was changed")
+
+
+def _cannot(file: Path, what: str, error: Exception) -> ConfigError:
+    reason = getattr(error, "strerror", None) or "the link leads to itself"
+    return ConfigError(f"{file}: cannot be {what} ({reason})")

@@ -1,0 +1,113 @@
+"""What a surface wants done: keys in other programs' files, files of its own, and words."""
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from keybroker import settings
+from keybroker.errors import ConfigError
+
+SYSTEMS = {"linux": "linux", "darwin": "macos", "win32": "windows"}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """
+    Where things are: whose files, on which machine.
+
+    Attributes:
+        folder: The project that a local scope is about.
+        system: linux, macos or windows, whose paths are meant.
+        output: Files of the machine go below this folder instead of its root.
+        installed_in: The folder that keybroker's environment has there, for another machine.
+    """
+
+    environment: Mapping[str, str]
+    folder: Path
+    system: str
+    output: Path | None = None
+    installed_in: str | None = None
+
+    @classmethod
+    def here(cls, **changes: Any) -> "Place":
+        system = SYSTEMS.get(sys.platform, "linux")
+        return cls(**{"environment": os.environ, "folder": Path.cwd(), "system": system, **changes})
+
+    @property
+    def home(self) -> Path:
+        """
+        Return the home directory.
+
+        Raises:
+            ConfigError: There is none.
+        """
+        home = self.environment.get("HOME", "")
+        if not home.startswith("/"):
+            raise ConfigError("connect: HOME is not set", hint="set HOME")
+        return Path(home)
+
+    def machine(self, path: str) -> Path:
+        """Return a file of the machine, or where it goes below `output`."""
+        if self.output is None:
+            return Path(path)
+        return self.output / path.replace("\\", "/").removeprefix("C:").lstrip("/")
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """
+    Keys to set in somebody's JSON.
+
+    Attributes:
+        strict: Whoever reads the file takes no comments and no trailing commas.
+        ours: Keys whose present value must be ours, or is replaced by force only.
+    """
+
+    file: Path
+    values: Mapping[settings.Path, Any]
+    strict: bool = True
+    guarded: tuple[settings.Path, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line that has to stand in a text file, added at its end."""
+
+    file: Path
+    line: str
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A file of ours, as a whole."""
+
+    file: Path
+    data: bytes
+    mode: int = 0o600
+
+
+Piece = Keys | Line | Whole
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """
+    What one surface wants.
+
+    Attributes:
+        before: Said first: what will not work any more, what was not tried.
+        after: Said last: what to do and what to see.
+        text: What is for stdout, of a surface that is not written anywhere.
+        line: What is run for a key, and can be tried.
+        environment: What it is run with.
+    """
+
+    pieces: tuple[Piece, ...] = ()
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    text: str = ""
+    line: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)

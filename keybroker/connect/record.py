@@ -1,0 +1,155 @@
+"""What was written into whose file, so that it can be taken back. In the state directory:
+
+    {"v": 1, "files": {"/home/you/.claude/settings.json": {"surface": "claude", "profile": "work",
+      "scope": "user", "follow": false, "at": "2026-11-27T20:00:00Z", "before": "…", "after": "…",
+      "splices": [[1, "", "\\n  \\"apiKeyHelper\\": \\"exec …\\"\\n"]], "keys": [
+        {"path": ["apiKeyHelper"], "was": null, "value": "exec …", "made": 1}], "folders": []}}}
+
+`before` and `after` are SHA-256 of the file; null: there was none. No copy of a file is kept:
+somebody's secrets may be in it.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from keybroker.credential import sha256
+from keybroker.errors import CacheError
+from keybroker.paths import Disk, private_directory
+from keybroker.settings import Named, Splice
+from keybroker.settings import Path as KeyPath
+
+FILE = "connections.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One value that was set. `made`: how many parts of its path were not there before."""
+
+    path: KeyPath
+    was: str | None
+    value: Any
+    made: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What was done to one file."""
+
+    kind: str  # keys, line or whole
+    surface: str
+    profile: str
+    scope: str
+    at: str
+    before: str | None
+    after: str | None
+    splices: tuple[Splice, ...] = ()
+    keys: tuple[Key, ...] = ()
+    folders: tuple[str, ...] = ()
+    was: str | None = None  # of a whole file that was replaced
+    follow: bool = False
+
+
+def digest(data: bytes | None) -> str | None:
+    return None if data is None else sha256(data)
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+@dataclass(slots=True)
+class Record:
+    """All of it, read; `save` writes it back. Kept under a lock between the two."""
+
+    path: Path
+    files: dict[str, Entry] = field(default_factory=dict)
+    coming: dict[str, Entry] = field(default_factory=dict)
+
+    @classmethod
+    @contextmanager
+    def open(cls, state: Path) -> Iterator["Record"]:
+        """
+        Read it, and let nobody else write it meanwhile.
+
+        Raises:
+            CacheError: It cannot be read: what it says cannot be taken back by guessing.
+        """
+        path = private_directory(state) / FILE
+        with Disk().lock(path):
+            yield cls.read(path)
+
+    @classmethod
+    def read(cls, path: Path) -> "Record":
+        """
+        Read it as it is; see `open`.
+
+        Raises:
+            CacheError: It cannot be read.
+        """
+        try:
+            found = json.loads(Disk().read(path) or b'{"v": 1, "files": {}}')
+            if found["v"] != 1:
+                raise CacheError(f"{path}: of a newer keybroker")
+            files = {name: _decode(one) for name, one in found["files"].items()}
+            coming = {name: _decode(one) for name, one in found.get("coming", {}).items()}
+        except (OSError, ValueError, KeyError, TypeError):
+            raise CacheError(
+                f"{path}: cannot be read",
+                hint="move it away; then `keybroker connect` starts anew",
+            ) from None
+        return cls(path, files, coming)
+
+    def entry(self, file: Path, data: bytes | None) -> Entry | None:
+        """Return what was done to a file, of which this is the text: an end may have come early."""
+        coming = self.coming.get(str(file))
+        if coming is not None and coming.after == digest(data):
+            return coming
+        return self.files.get(str(file))
+
+    def announce(self, file: Path, entry: Entry) -> None:
+        """Write down what is about to be done."""
+        self.coming = {str(file): entry}
+        self.save()
+
+    def settle(self, file: Path, entry: Entry | None) -> None:
+        """Write down what was done; None: it was taken back."""
+        self.coming = {}
+        if entry is None:
+            self.files.pop(str(file), None)
+        else:
+            self.files[str(file)] = entry
+        self.save()
+
+    def save(self) -> None:
+        document = {
+            "v": 1,
+            "files": {name: _encode(one) for name, one in self.files.items()},
+            "coming": {name: _encode(one) for name, one in self.coming.items()},
+        }
+        Disk().replace(self.path, (json.dumps(document, indent=1) + "\n").encode())
+
+
+def _encode(entry: Entry) -> dict[str, Any]:
+    splices = [[one.start, one.removed, one.inserted] for one in entry.splices]
+    keys = [{**asdict(key), "path": [_part(one) for one in key.path]} for key in entry.keys]
+    return {**asdict(entry), "splices": splices, "keys": keys}
+
+
+def _decode(value: Mapping[str, Any]) -> Entry:
+    splices = tuple(Splice(*one) for one in value["splices"])
+    keys = tuple(Key(**{**one, "path": _path(one["path"])}) for one in value["keys"])
+    folders = tuple(value["folders"])
+    return Entry(**{**value, "splices": splices, "keys": keys, "folders": folders})
+
+
+def _part(part: str | Named) -> Any:
+    return part if isinstance(part, str) else {"name": part.name}
+
+
+def _path(parts: Sequence[Any]) -> KeyPath:
+    return tuple(one if isinstance(one, str) else Named(one["name"]) for one in parts)
