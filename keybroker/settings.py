@@ -14,32 +14,38 @@ See: https://www.rfc-editor.org/rfc/rfc8259
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-DEEPEST = 500
+DEEPEST = 500  # what compares, copies or writes a value recurses, and ours is not the only one
 MISSING = object()
 
+_MARK_OF_ORDER = "\ufeff"
+_EOL = re.compile(r"\r\n|\r|\n")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_OPEN_STRING = r'"(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+'
 _TOKEN = re.compile(
-    r"""
+    rf"""
     (?P<space>[ \t\r\n]+)
     | (?P<comment>//[^\r\n]*|/\*.*?\*/)
-    | (?P<string>"[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*")
+    | (?P<string>{_OPEN_STRING}")
     | (?P<number>-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)(?![0-9A-Za-z.])
     | (?P<word>true|false|null)(?![0-9A-Za-z])
-    | (?P<mark>[][{}:,])
+    | (?P<mark>[][{{}}:,])
     """,
     re.VERBOSE | re.DOTALL,
 )
 _WORDS: dict[str, Any] = {"true": True, "false": False, "null": None}
+_CLOSING = {"{": "}", "[": "]"}
 
 
 class SettingsInvalid(ValueError):  # noqa: N818  # as the errors of ours, which it becomes
     """A text is not JSON, or has something else where a key should go; says line and column."""
 
     def __init__(self, text: str, offset: int, problem: str) -> None:
-        line = text.count("\n", 0, offset) + 1
-        column = offset - (text.rfind("\n", 0, offset) + 1) + 1
+        begins = [found.end() for found in _EOL.finditer(text, 0, offset)]
+        begin = begins[-1] if begins else len(_mark_of_order(text))
+        line, column = len(begins) + 1, offset - begin + 1
         super().__init__(f"{line}:{column}: {problem}")
         self.line, self.column, self.problem = line, column, problem
 
@@ -72,22 +78,18 @@ class Splice:
 
 
 @dataclass(slots=True)
-class _Entry:
-    """A member of an object, or an element of an array, which has no key."""
-
-    key: str | None
-    start: int
-    node: "_Node"
-    comma: int | None = None  # where the comma after it is
-
-
-@dataclass(slots=True)
 class _Node:
+    """A value, with the key before it and the comma after it, where there are any."""
+
+    begin: int  # of the key
     start: int
-    end: int = -1
+    end: int
+    key: str | None = None
     value: Any = None
-    entries: list[_Entry] | None = None  # of an object or array
-    is_object: bool = False
+    comma: int | None = None
+    opening: str = ""  # the bracket of what holds others
+    entries: list["_Node"] = field(default_factory=list)
+    content: int = 0  # where the last thing before the closing bracket ends, a comment too
 
 
 class Document:
@@ -105,7 +107,7 @@ class Document:
     def __init__(self, text: str) -> None:
         self.text = text
         self.splices: list[Splice] = []
-        self._parse()
+        self._root = _parse_object(text)
 
     @property
     def value(self) -> dict[str, Any]:
@@ -128,7 +130,8 @@ class Document:
         Set one value, and make what holds it where that is not there.
 
         Args:
-            value: Text, booleans, and lists and dictionaries of them.
+            value: Text, booleans, and lists and dictionaries of them; for a Named, a dictionary,
+                which need not repeat the name.
 
         Returns:
             How many parts of the path were made, the last one included.
@@ -136,135 +139,112 @@ class Document:
         Raises:
             SettingsInvalid: Something else than an object or a list stands on the way.
         """
-        node = self._root
+        value = _named(path[-1], value)
+        node, depth = self._root, 0
         for depth, part in enumerate(path):
             _check_holds(self.text, node, part, path[:depth])
-            entry = _find(node, part)
-            if entry is None:
-                self._insert(node, part, _nested(path[depth + 1 :], value, part))
-                self._check(path, value)
-                return len(path) - depth
-            node = entry.node
-        if node.value != value:
-            self._splice([(node.start, node.end, self._dumped(value, self._indent_at(node.start)))])
-            self._check(path, value)
-        return 0
+            if (found := _find(node, part)) is None:
+                self._splice(self._insertion(node, part, _holding(path[depth:], value)))
+                break
+            node = found
+        else:
+            depth = len(path)
+            if node.value != value:
+                spread, indent = self._is_spread(node.start), self._indent(node.start)
+                self._splice([(node.start, node.end, self._written(value, spread, indent))])
+        assert self.get(path) == value, "what was put is what is there"
+        return len(path) - depth
 
     def put_raw(self, path: Path, text: str) -> None:
-        """Replace the value at a path, if it is there, by one as it was written once."""
-        if (node := self._at(path)) is not None:
+        """
+        Replace the value at a path, if it is there, by one as it was written once.
+
+        Raises:
+            SettingsInvalid: The text is something else than one value.
+        """
+        value = _parse(text)
+        if (value.start, value.end) != (0, len(text)):
+            raise SettingsInvalid(text, 0, "expected a value and nothing else")
+        node = self._at(path)
+        if node is not None and self.text[node.start : node.end] != text:
             self._splice([(node.start, node.end, text)])
 
     def remove(self, path: Path) -> None:
         """Take a key out, as often as it stands there; nothing happens where it does not."""
-        while True:
-            node, entry = self._root, None
-            for part in path:
-                entry = _find(node, part)
-                if entry is None:
-                    return
-                node, holder = entry.node, node
-            assert entry is not None, "the path is not empty"
-            self._splice(_removal(self.text, holder, entry))
+        while (node := self._at(path)) is not None:
+            holder = self._at(path[:-1])
+            assert holder is not None, "what is held has a holder"
+            self._splice(_removal(self.text, holder, node))
 
     def _at(self, path: Path) -> _Node | None:
-        node = self._root
+        node: _Node | None = self._root
         for part in path:
-            if (entry := _find(node, part)) is None:
-                return None
-            node = entry.node
+            node = _find(node, part) if node is not None else None
         return node
 
-    def _parse(self) -> None:
-        self._root = _parse(self.text)
-        if not self._root.is_object:
-            raise SettingsInvalid(self.text, self._root.start, "expected an object, { … }")
-
-    def _check(self, path: Path, value: Any) -> None:
-        assert self.get(path) == value, "what was put is what is there"
-
     def _splice(self, changes: list[tuple[int, int, str]]) -> None:
-        before = self.text
+        text, done = self.text, []
         for start, end, new in sorted(changes, reverse=True):
-            self.splices.append(Splice(start, self.text[start:end], new))
-            self.text = self.text[:start] + new + self.text[end:]
-        try:
-            self._parse()
-        except SettingsInvalid:
-            self.text = before
-            raise AssertionError("an edit keeps the text valid") from None
+            done.append(Splice(start, text[start:end], new))
+            text = text[:start] + new + text[end:]
+        self._root = _parse_object(text)
+        self.text = text
+        self.splices += done
 
-    def _insert(self, holder: _Node, part: Part, value: Any) -> None:
-        entries = holder.entries or []
-        close = holder.end - 1
-        content = len(self.text[:close].rstrip(" \t\r\n"))  # after the last value or comment
-        newline, unit = self._newline, self._unit
-        outer = self._indent_at(holder.start)
-        spread = "\n" in self.text[holder.start : entries[0].start] if entries else True
-        if not entries and not self._is_spread(holder):
-            spread = False
-        inner = outer + unit
-        if entries and spread:
-            inner = self._indent_at(entries[0].start)
-        key = "" if isinstance(part, Named) else f"{json.dumps(part, ensure_ascii=False)}: "
-        new = key + (self._dumped(value, inner) if spread else _flat(value))
-        if not entries:
-            if content == holder.start + 1:  # nothing but space between the brackets
-                text = f"{newline}{inner}{new}{newline}{outer}" if spread else new
-                self._splice([(content, close, text)])
-                return
-            end = "" if "\n" in self.text[content:close] else f"{newline}{outer}"
-            self._splice([(content, content, f"{newline}{inner}{new}{end}")])
-            return
-        last = entries[-1]
-        after = last.node.end if last.comma is None else last.comma + 1
-        on_a_line = spread or "//" in self.text[after:content]  # not into a comment
-        lead = f"{newline}{inner}" if on_a_line else " "
+    def _insertion(self, holder: _Node, part: Part, value: Any) -> list[tuple[int, int, str]]:
+        """Return the splices that add an entry as the last, laid out as the one before it is."""
+        text, content, close = self.text, holder.content, holder.end - 1
+        outer = self._indent(holder.start)
+        inner = outer + self._unit
+        last = holder.entries[-1] if holder.entries else None
+        if last is None:
+            spread = self._is_spread(holder.start) or content > holder.start + 1  # by a comment
+        else:
+            before = holder.entries[-2].end if len(holder.entries) > 1 else holder.start
+            spread = _breaks(text, before, last.begin) or _breaks(text, last.end, close)
+            if _breaks(text, holder.start, last.begin):
+                inner = self._indent(last.begin)
+        new = "" if isinstance(part, Named) else f"{_json(part)}: "
+        new += self._written(value, spread, inner)
+        if spread:
+            new = f"{self._newline}{inner}{new}"
+        if last is None:
+            end = f"{self._newline}{outer}" if spread else ""
+            return [(content, close, new + end)]
+        new = new if spread else f" {new}"
         if last.comma is not None:
-            self._splice([(content, content, f"{lead}{new},")])
-        elif content == after:
-            self._splice([(content, content, f",{lead}{new}")])
-        else:  # a comment between the value and where ours goes
-            self._splice([(content, content, f"{lead}{new}"), (after, after, ",")])
+            return [(content, content, f"{new},")]
+        if content == last.end:
+            return [(content, content, f",{new}")]
+        return [(last.end, last.end, ","), (content, content, new)]  # a comment is between them
 
     @property
     def _newline(self) -> str:
-        if "\r\n" in self.text:
-            return "\r\n"
-        return "\r" if "\r" in self.text and "\n" not in self.text else "\n"
+        found = _EOL.search(self.text)
+        return found[0] if found else "\n"
 
     @property
     def _unit(self) -> str:
         """Return one step of indent: that of the first key, or two spaces."""
-        entries = self._root.entries
-        if entries and "\n" in self.text[self._root.start : entries[0].start]:
-            return self._indent_at(entries[0].start) or "  "
-        return "  "
+        root = self._root
+        if not root.entries or not _breaks(self.text, root.start, root.entries[0].begin):
+            return "  "
+        inner = self._indent(root.entries[0].begin)
+        return inner.removeprefix(self._indent(root.start)) or "  "
 
-    def _is_spread(self, holder: _Node) -> bool:
-        """Say whether the document has its keys on lines of their own."""
-        entries = self._root.entries
-        if holder is self._root or not entries:
-            return True
-        return "\n" in self.text[self._root.start : entries[0].start]
+    def _is_spread(self, offset: int) -> bool:
+        """Say whether what begins here goes over several lines: where others did before it."""
+        return offset == self._root.start or _breaks(self.text, self._root.start, offset)
 
-    def _indent_at(self, offset: int) -> str:
+    def _indent(self, offset: int) -> str:
         """Return the space that the line of an offset begins with."""
         begin = max(self.text.rfind("\n", 0, offset), self.text.rfind("\r", 0, offset)) + 1
-        found = re.match(r"[ \t]*", self.text[begin:offset].removeprefix("\ufeff"))
+        found = re.compile(r"[ \t]*").match(self.text, begin or len(_mark_of_order(self.text)))
         return found[0] if found else ""
 
-    def _dumped(self, value: Any, indent: str) -> str:
-        if not isinstance(value, dict | list):
-            return _flat(value)
-        if not self._is_spread(_Node(0)):
-            return _flat(value)
-        text = json.dumps(value, indent=self._unit, ensure_ascii=False)
+    def _written(self, value: Any, spread: bool, indent: str) -> str:
+        text = _json(value, self._unit if spread else None)
         return text.replace("\n", self._newline + indent)
-
-
-def _flat(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 def undone(text: str, splices: Sequence[Splice]) -> str:
@@ -272,13 +252,13 @@ def undone(text: str, splices: Sequence[Splice]) -> str:
     Return a text as it was before these splices, if they were the last that was done to it.
 
     Raises:
-        ValueError: They were not.
+        ValueError: What they inserted is not there. Of what only took something out nothing can
+            be seen; who may have another text compares it first.
     """
     for one in reversed(splices):
-        end = one.start + len(one.inserted)
-        if text[one.start : end] != one.inserted:
+        if one.start < 0 or not text.startswith(one.inserted, one.start):
             raise ValueError("not what was inserted")
-        text = text[: one.start] + one.removed + text[end:]
+        text = text[: one.start] + one.removed + text[one.start + len(one.inserted) :]
     return text
 
 
@@ -291,73 +271,90 @@ def shown(text: str, plain: Sequence[str]) -> str:
         plain: The strings that may be shown; names of keys always are. Of others and of comments
             an ellipsis is left.
     """
-    out, known, pieces = [], set(plain), list(_pieces(text))
-    for number, (kind, start, end) in enumerate(pieces):
+    out, known, follows = [], set(plain), ""
+    for kind, start, end in reversed(list(_pieces(text))):
         piece = text[start:end]
         if kind == "comment":
-            opening = piece[:2]
-            body = "\n".join("…" for _ in piece.split("\n"))
-            piece = f"{opening} {body}" + ("" if opening == "//" else " */")
-        elif kind == "string" and json.loads(piece) not in known:
-            after = (text[s:e] for k, s, e in pieces[number + 1 :] if k not in ("space", "comment"))
-            piece = piece if next(after, "") == ":" else '"…"'
-        out.append(piece)
-    return "".join(out)
+            body = re.sub(r"[^\r\n]+", "…", piece[2:-2])
+            out.append("// …" if piece.startswith("//") else f"/* {body} */")
+        elif kind == "string" and follows != ":" and json.loads(piece) not in known:
+            out.append('"…"')
+        else:
+            out.append(piece)
+        if kind not in ("space", "comment"):
+            follows = piece
+    return "".join(reversed(out))
 
 
-def _nested(rest: Path, value: Any, made: Part) -> Any:
-    """Return what is inserted for a part that is missing: a value with what holds it."""
-    if rest:
-        inner = _nested(rest[1:], value, rest[0])
-        value = [inner] if isinstance(rest[0], Named) else {rest[0]: inner}
-    if isinstance(made, Named):
-        return {"name": made.name, **value}
+def _json(value: Any, indent: str | None = None) -> str:
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # UTF-8 has no such
+
+
+def _named(part: Part, value: Any) -> Any:
+    return {"name": part.name, **value} if isinstance(part, Named) else value
+
+
+def _holding(path: Path, value: Any) -> Any:
+    """Return what is put where the first part of a path goes: the value, in what holds it."""
+    for holder, part in zip(path[-2::-1], path[:0:-1], strict=True):
+        value = _named(holder, [value] if isinstance(part, Named) else {part: value})
     return value
 
 
-def _find(node: _Node, part: Part) -> _Entry | None:
+def _find(node: _Node, part: Part) -> _Node | None:
     """Return the entry that counts, which is the last of its name."""
-    for entry in reversed(node.entries or []):
+    for entry in reversed(node.entries):
         if isinstance(part, Named):
-            value = entry.node.value
-            if not node.is_object and isinstance(value, dict) and value.get("name") == part.name:
+            value = entry.value
+            if node.opening == "[" and isinstance(value, dict) and value.get("name") == part.name:
                 return entry
-        elif node.is_object and entry.key == part:
+        elif node.opening == "{" and entry.key == part:
             return entry
     return None
 
 
 def _check_holds(text: str, node: _Node, part: Part, path: Path) -> None:
-    wants_list = isinstance(part, Named)
-    if node.entries is None or node.is_object is wants_list:
+    if node.opening != ("[" if isinstance(part, Named) else "{"):
         name = ".".join(one if isinstance(one, str) else one.name for one in path)
-        expected = "a list, [ … ]" if wants_list else "an object, { … }"
+        expected = "a list, [ … ]" if isinstance(part, Named) else "an object, { … }"
         raise SettingsInvalid(text, node.start, f"{name}: expected {expected}")
 
 
-def _removal(text: str, holder: _Node, entry: _Entry) -> list[tuple[int, int, str]]:
+def _removal(text: str, holder: _Node, entry: _Node) -> list[tuple[int, int, str]]:
     """Return the splices that take an entry out, with one comma and the line that it has alone."""
-    entries = holder.entries or []
-    index = next(n for n, one in enumerate(entries) if one is entry)
-    start, end = entry.start, entry.node.end
-    changes = []
-    if entry.comma is not None and not text[end : entry.comma].strip():
-        end = entry.comma + 1
-    elif entry.comma is not None:
-        changes.append((entry.comma, entry.comma + 1, ""))
-    elif index > 0 and (comma := entries[index - 1].comma) is not None:
-        changes.append((comma, comma + 1, ""))
-    begin = len(text[:start].rstrip(" \t"))
-    if begin > 0 and text[begin - 1] in "\r\n":  # alone on its line, as far as it reaches
-        begin -= 2 if text[:begin].endswith("\r\n") else 1
-        start = begin
-    elif index == len(entries) - 1:
-        start = begin
+    index = next(number for number, one in enumerate(holder.entries) if one is entry)
+    start, end, comma = entry.begin, entry.end, entry.comma
+    if comma is None and index:  # the last one takes the comma before it
+        comma = holder.entries[index - 1].comma
+    others = []
+    if comma is not None:
+        between = text[end:comma] if comma >= end else text[comma + 1 : start]
+        if between.strip():
+            others = [(comma, comma + 1, "")]
+        else:
+            start, end = min(start, comma), max(end, comma + 1)
+    left, right = text[holder.start + 1 : start], text[end : holder.end - 1]
+    if not (left + right).strip():
+        return [(holder.start + 1, holder.end - 1, "")]
+    before = start - (len(left) - len(left.rstrip(" \t")))
+    after = end + (len(right) - len(right.lstrip(" \t")))
+    line_end = _EOL.match(text, after)
+    if line_end and text[before - 1] in "\r\n":
+        start, end = before, line_end.end()
+    elif line_end or after == holder.end - 1:
+        start = before
     else:
-        end += len(text[end:]) - len(text[end:].lstrip(" \t"))
-    if changes and changes[0][0] >= start and changes[0][1] <= end:
-        changes = []
-    return [*changes, (start, end, "")]
+        end = after
+    return [*others, (start, end, "")]
+
+
+def _breaks(text: str, start: int, end: int) -> bool:
+    return _EOL.search(text, start, end) is not None
+
+
+def _mark_of_order(text: str) -> str:
+    return _MARK_OF_ORDER if text.startswith(_MARK_OF_ORDER) else ""
 
 
 def _pieces(text: str) -> Iterator[tuple[str, int, int]]:
@@ -367,21 +364,35 @@ def _pieces(text: str) -> Iterator[tuple[str, int, int]]:
     Raises:
         SettingsInvalid: Something is none.
     """
-    offset = 1 if text.startswith("\ufeff") else 0
+    offset = len(_mark_of_order(text))
     if offset:
-        yield "space", 0, 1
+        yield "space", 0, offset
     while offset < len(text):
         match = _TOKEN.match(text, offset)
-        if match is None or match.end() == offset:
-            raise SettingsInvalid(text, offset, _not_a_token(text, offset))
+        if match is None:
+            raise _not_a_token(text, offset)
         yield match.lastgroup or "", offset, match.end()
         offset = match.end()
 
 
-def _not_a_token(text: str, offset: int) -> str:
-    if text[offset] == '"':
-        return "a text that does not end, or with a character that must be escaped"
-    return "a comment that does not end" if text.startswith("/*", offset) else "not JSON"
+def _not_a_token(text: str, offset: int) -> SettingsInvalid:
+    if text.startswith("/*", offset):
+        return SettingsInvalid(text, offset, "a comment that does not end")
+    if found := re.compile(_OPEN_STRING).match(text, offset):
+        wrong = text[found.end() : found.end() + 1]
+        if wrong == "\\":
+            return SettingsInvalid(text, found.end(), "an escape that JSON does not have")
+        if wrong not in ("", "\r", "\n"):
+            return SettingsInvalid(text, found.end(), "a character that must be escaped")
+        return SettingsInvalid(text, offset, "a text that does not end on its line")
+    return SettingsInvalid(text, offset, "not JSON")
+
+
+def _parse_object(text: str) -> _Node:
+    root = _parse(text)
+    if root.opening != "{":
+        raise SettingsInvalid(text, root.start, "expected an object, { … }")
+    return root
 
 
 def _parse(text: str) -> _Node:
@@ -391,56 +402,58 @@ def _parse(text: str) -> _Node:
     Raises:
         SettingsInvalid: It is not JSON, comments and trailing commas aside, or too deep.
     """
-    top: list[_Entry] = []
-    held: list[_Node] = [_Node(0, entries=top)]  # what is open; the first holds the document
-    key: tuple[str, int] | None = None
-    want = "value"
+    top = _Node(0, 0, 0)
+    held = [top]  # what is open; the first holds the document
+    key, begin, want = None, 0, "value"
     for kind, start, end in _pieces(text):
-        if kind in ("space", "comment"):
+        holder = held[-1]
+        if kind == "space":
             continue
-        word, holder = text[start:end], held[-1]
-        entries = holder.entries if holder.entries is not None else []
-        closes = len(held) > 1 and word == ("}" if holder.is_object else "]")
-        if want == "nothing":
+        if kind == "comment":
+            holder.content = end
+            continue
+        word = text[start:end]
+        if want == "end":
             raise SettingsInvalid(text, start, "something after the end")
         if want == "colon":
             if word != ":":
                 raise SettingsInvalid(text, start, "expected a colon")
             want = "value"
-        elif closes and (want != "value" or key is None):
+        elif word == _CLOSING.get(holder.opening) and key is None:
             holder.end = end
-            values = [one.node.value for one in entries]
-            names = [one.key for one in entries]
-            holder.value = dict(zip(names, values, strict=True)) if holder.is_object else values
+            values = [one.value for one in holder.entries]
+            holder.value = values
+            if holder.opening == "{":
+                holder.value = dict(zip((one.key for one in holder.entries), values, strict=True))
             held.pop()
-            want = "comma" if len(held) > 1 else "nothing"
+            want = "comma" if len(held) > 1 else "end"
         elif want == "comma":
             if word != ",":
-                expected = "}" if holder.is_object else "]"
+                expected = _CLOSING[holder.opening]
                 raise SettingsInvalid(text, start, f"expected a comma or {expected}")
-            entries[-1].comma = start
-            want = "key" if holder.is_object else "value"
+            holder.entries[-1].comma = start
+            want = "key" if holder.opening == "{" else "value"
         elif want == "key":
             if kind != "string":
                 raise SettingsInvalid(text, start, "expected a key in quotes")
-            key, want = (json.loads(word), start), "colon"
-        elif kind == "mark" and word not in "{[":
+            key, begin, want = json.loads(word), start, "colon"
+        elif kind == "mark" and word not in _CLOSING:
             raise SettingsInvalid(text, start, "expected a value")
         else:
-            node = _Node(start, end)
-            name, begin = key or (None, start)
-            entries.append(_Entry(name, begin, node))
-            key, want = None, "comma" if len(held) > 1 else "nothing"
+            node = _Node(start if key is None else begin, start, end, key)
+            holder.entries.append(node)
+            key, want = None, "comma" if len(held) > 1 else "end"
             if kind == "mark":
-                node.entries, node.is_object = [], word == "{"
-                held.append(node)
-                want = "key" if node.is_object else "value"
                 if len(held) > DEEPEST:
                     raise SettingsInvalid(text, start, f"nested more than {DEEPEST} deep")
+                node.opening, node.content = word, end
+                held.append(node)
+                want = "key" if word == "{" else "value"
             elif kind == "string":
                 node.value = json.loads(word)
             else:
                 node.value = _WORDS[word] if kind == "word" else Number(word)
-    if want != "nothing":
+        held[-1].content = end
+    if want != "end":
         raise SettingsInvalid(text, len(text), "ends too early")
-    return top[0].node
+    return top.entries[0]
