@@ -145,6 +145,7 @@ class Daemon:
         self._opening: int | None = None  # the request that opens the cache
         self._opens = 0  # times that it had to be sent again
         self._compacting: int | None = None  # the request that compacts the journal
+        self._following: int | None = None  # the request that mends settings
         self._written = 0  # records since the last time
         self._unlock_at, self._unlock_after = math.inf, UNLOCK_SECONDS[0]
         self._listen_at = math.inf  # the socket is gone and could not be made again
@@ -167,6 +168,7 @@ class Daemon:
         self._register()
         self._write_guidance()
         self._open_cache()
+        self._follow()
         listening.notify("READY=1")
         self._log.say("info", f"keybroker {__version__} listens at {self._path}")
         wake, armed_at = 0.0, -math.inf
@@ -300,6 +302,12 @@ class Daemon:
                 self._compacting = None
                 if answer.error is not None:
                     self._log.once("warning", answer.error.message, about="compaction")
+            elif answer.id == self._following:
+                self._following = None
+                if answer.error is not None:
+                    self._log.once("warning", answer.error.message, about="settings")
+                for file in (answer.ok or {}).get("changed", ()):
+                    self._log.say("info", f"{file} has the new TTL")
         if self._broker is not None and answers:
             self._broker.take(answers)
             self._something_changed()
@@ -479,6 +487,7 @@ class Daemon:
         if cache_changed:
             self._open_cache()
         self._write_guidance()
+        self._follow()
         self._watch_directories()
         return None
 
@@ -529,6 +538,18 @@ class Daemon:
             text = f"guidance cannot be written ({error.strerror})"
             self._log.once("warning", text, about="guidance")
         self._seen_guidance = document.states(self._guidance_files())
+
+    def _follow(self) -> None:
+        """Have the TTL mended in settings files that were connected so, if there are any."""
+        with suppress(OSError):
+            record = Disk().read(self._state / "connections.json") or b""
+            if b'"follow": true' in record and self._lent_out() is None:
+                profiles = self._config.profiles
+                ttls = {
+                    name: guidance.environment(one)[guidance.TTL_VARIABLE]
+                    for name, one in profiles.items()
+                }
+                self._following = self._pool.send(self._kind(), "follow", ACT_SECONDS, ttls=ttls)
 
     def _guidance_files(self) -> list[Path]:
         folder = Path(self._path).parent

@@ -37,6 +37,7 @@ from keybroker.errors import (
     KeybrokerError,
     SourceError,
 )
+from keybroker.guidance import TTL_VARIABLE
 from keybroker.journal import (
     Journal,
     decode_issuer,
@@ -410,6 +411,13 @@ class Operations:
     def forget(self, profile: str) -> dict[str, Any]:
         perform("forget", lambda: Cache(self.state, None, self.disk).forget(profile))
         return {}
+
+    def follow(self, ttls: Mapping[str, str]) -> dict[str, Any]:
+        """Mend the TTL in the settings files that were connected to be followed."""
+        from keybroker.connect import edit
+
+        path = ("env", TTL_VARIABLE)
+        return {"changed": edit.follow(self.state, path, ttls)}
 
     def compact(self) -> dict[str, Any]:
         """Drop from the journal what is over. Nobody else may be writing it."""

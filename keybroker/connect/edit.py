@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -260,3 +260,51 @@ def value_shown(value: Any) -> list[str]:
     if isinstance(value, list):
         return [text for one in value for text in value_shown(one)]
     return [value] if isinstance(value, str) else []
+
+
+def follow(state: Path, path: settings.Path, wanted: Mapping[str, str]) -> list[str]:
+    """
+    Bring one key up to date in every file that was connected to be followed.
+
+    Args:
+        wanted: The key's value by profile.
+
+    Returns:
+        The files that were changed.
+
+    Raises:
+        KeybrokerError: The record or a file cannot be read or written.
+    """
+    changed = []
+    with Record.open(state) as record:
+        for name, entry in list(record.files.items()):
+            value = wanted.get(entry.profile)
+            if entry.follow and value is not None and _followed(Path(name), path, value, record):
+                changed.append(name)
+    return changed
+
+
+def _followed(file: Path, path: settings.Path, value: str, record: Record) -> bool:
+    """Give a key another value, if it still has the one that we gave it."""
+    for _ in range(TRIES):
+        target = files.read(file)
+        entry = record.entry(file, target.data)
+        key = next((key for key in entry.keys if key.path == path), None) if entry else None
+        if entry is None or key is None or key.value == value or target.data is None:
+            return False
+        document = _document(target, target.text or "")
+        if document.get(path) != key.value:  # somebody else's by now
+            return False
+        document.put(path, value)
+        data = document.text.encode()
+        untouched = digest(target.data) == entry.after
+        keys = tuple(replace(key, value=value) if one is key else one for one in entry.keys)
+        fresh = replace(
+            entry,
+            keys=keys,
+            splices=(*entry.splices, *document.splices),
+            after=digest(data) if untouched else None,
+        )
+        if commit(Change(target, data, fresh, entry), record):
+            return True
+    raise changed_too_often(file)
