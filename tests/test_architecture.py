@@ -106,6 +106,7 @@ TABLE: dict[str, set[str]] = {
     "connect.line": set(),
     "connect.proof": set(),
     "connect.claude": set(),
+    "connect.connected": set(),
     "cli.base": {"click"},
     "cli.work": set(),
     "cli.keys": {"click"},

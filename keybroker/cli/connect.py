@@ -14,14 +14,18 @@ from keybroker.cli.daemon import end_daemon
 from keybroker.cli.work import configuration, daemon_socket, state
 from keybroker.config import Profile
 from keybroker.connect import SURFACES, edit, surface
+from keybroker.connect.organisation import organisation, refuse
 from keybroker.connect.plan import Piece, Place, Plan
 from keybroker.connect.proof import prove
 from keybroker.connect.record import Entry, Record
+from keybroker.connect.tokens import take_out as remove
+from keybroker.connect.tokens import tokens
 from keybroker.errors import ConfigError, KeybrokerError
 
 FOLDER = click.Path(path_type=Path)
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Show what would change; change nothing.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+INSTEAD = "that is sent instead of the helper's key"
 SURFACE = click.Choice(list(SURFACES))
 
 
@@ -36,6 +40,9 @@ SURFACE = click.Choice(list(SURFACES))
 )
 @click.option("--follow", is_flag=True, help="Let the daemon mend the TTL when it has to change.")
 @click.option("--force", is_flag=True, help="Replace what others set; disconnect puts it back.")
+@click.option(
+    "--take-out-keys", is_flag=True, help="Take out keys that would be sent instead; for good."
+)
 @click.option("--no-check", is_flag=True, help="Do not try the helper afterwards.")
 @click.option(
     "--for",
@@ -53,6 +60,7 @@ def connect_command(
     scope: str,
     follow: bool,
     force: bool,
+    take_out_keys: bool,
     no_check: bool,
     system: str | None,
     output: Path | None,
@@ -71,12 +79,14 @@ def connect_command(
         changes["system"] = system
     for name in surfaces or ("claude",):
         job = _Job(name, wanted, Place.here(**changes), scope, follow=follow, force=force)
+        job.clear(take_out=take_out_keys, dry_run=dry_run)
         job.run(dry_run=dry_run, check=not no_check, as_json=as_json)
 
 
 def connect_profile(name: str) -> None:
     """Connect Claude Code to a profile, for its user."""
     job = _Job("claude", configuration().profile(name), Place.here(), "user")
+    job.clear(take_out=False)
     job.run(dry_run=False, check=True, as_json=False)
 
 
@@ -98,6 +108,7 @@ class _Job:
 
     def run(self, *, dry_run: bool, check: bool, as_json: bool) -> None:
         module = surface(self.surface)
+        self._look_around(quiet=as_json)
         if self.scope not in module.SCOPES:
             raise ConfigError(
                 f"{self.surface}: has no scope {self.scope}",
@@ -134,6 +145,39 @@ class _Job:
             print("\nnow:")
             for number, text in enumerate(plan.after, 1):
                 print(f"  {number}. {text}")
+
+    def clear(self, *, take_out: bool, dry_run: bool = False) -> None:
+        """
+        Say which keys would be sent instead of ours, and take out those that may go.
+
+        Raises:
+            ConfigError: One of Claude Code's settings files has one, and it stays.
+        """
+        for name in ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY"):
+            if self.place.environment.get(name):
+                print(f"note: {name} is set here, and {INSTEAD}; unset it", file=sys.stderr)
+        for found in tokens(self.place.environment, self.place.folder):
+            print(f"note: {found.place} sets {found.variable}, and {INSTEAD}", file=sys.stderr)
+            if dry_run:
+                continue
+            question = f"Take {found.variable} out of {found.path}, for good?"
+            if found.alone and (take_out or (sys.stdin.isatty() and click.confirm(question))):
+                remove(found)
+                print(f"took {found.variable} out of {found.path}")
+            elif found.is_settings:
+                raise ConfigError(
+                    f"connect: {found.place}: has {found.variable}, and {INSTEAD}",
+                    hint="take it out, or: keybroker connect --take-out-keys",
+                )
+
+    def _look_around(self, *, quiet: bool) -> None:
+        """Say what the organisation has set, and change nothing over it unless told to."""
+        found = organisation(environment=self.place.environment)
+        for one in found:
+            if not quiet:
+                print(f"note: your organisation has set {one}", file=sys.stderr)
+        if not self.force and self.place.output is None:
+            refuse(found, "connect")
 
     def _work_out(self, piece: Piece, record: Record) -> edit.Change:
         return edit.to_connect(

@@ -20,7 +20,9 @@ from keybroker.cli.base import (
 )
 from keybroker.cli.work import configuration, daemon_socket, desk, state
 from keybroker.config import Config
+from keybroker.connect.connected import connected
 from keybroker.connect.line import helper_line
+from keybroker.connect.plan import Place
 from keybroker.credential import Phase
 from keybroker.errors import JournalError, NobodyAnswers
 
@@ -111,6 +113,7 @@ def _show(
         row["last_failure"] = None if over else failures.get(row["profile"])
         row["settings"] = settings(row)
         row["lid"] = _lid(row, lid)
+        row["connected"] = [] if briefly else _connected(config, row["profile"])
     left = [] if profile else found["unconfigured"]
     if as_json:
         shown = {name: found.get(name) for name in ("daemon", "problem", "cache", "push")}
@@ -123,15 +126,33 @@ def _show(
     _print_table(rows)
     for row in rows:
         _print_details(row, found)
-        if len(rows) == 1 and not briefly:
+        if len(rows) == 1 and not briefly and not row["connected"]:
             _print_settings(row)
     if len(rows) > 1 and not briefly:
-        print("\nkeybroker status PROFILE prints the settings.json lines of one of them")
+        print("\nkeybroker status PROFILE says more of one of them")
     for one in left:
         text = "keybroker revoke " + one["profile"]
         print(f"\n{one['profile']}: is not configured any more, and has {len(one['keys'])} keys")
         _print_keys(one["keys"], [], "")
         print(f"  end them: {text}")
+
+
+def _connected(config: Config, name: str) -> list[dict[str, Any]]:
+    """Return the files that connect has written for a profile, and what is wrong with them now."""
+    profile = config.profiles.get(name)
+    if profile is None:
+        return []
+    return [
+        {
+            "file": str(one.file),
+            "surface": one.surface,
+            "scope": one.scope,
+            "outdated": list(one.outdated),
+            "problem": one.problem or None,
+            "command": one.command,
+        }
+        for one in connected(profile, state(), Place.here())
+    ]
 
 
 def _print_daemon(daemon: dict[str, Any] | None, problem: str | None) -> None:
@@ -244,6 +265,13 @@ def _print_details(row: dict[str, Any], found: dict[str, Any]) -> None:
     if row.get("hint"):  # a daemon of before has none
         print(f"  hint         {row['hint']}")
     _print_keys(row["retired"], row["open"], row["source"])
+    for one in row["connected"]:
+        print(f"  connected    {one['surface']}, {one['file']}")
+        if one["problem"]:
+            print(f"  settings     {one['problem']}")
+        elif one["outdated"]:
+            names = ", ".join(one["outdated"])
+            print(f"  settings     not as they should be: {names}; type: {one['command']}")
     for text in row["warnings"]:
         print(f"  warning      {text}")
     push = found.get("push") or {"off": {}}
@@ -253,7 +281,7 @@ def _print_details(row: dict[str, Any], found: dict[str, Any]) -> None:
 
 def _print_settings(row: dict[str, Any]) -> None:
     helper, env = row["settings"]["apiKeyHelper"], row["settings"]["env"]
-    print("  settings.json, to paste:")
+    print("  settings.json, which `keybroker connect` writes:")
     print(f'    "apiKeyHelper": {_quoted(helper)},')
     print('    "env": {')
     print(",\n".join(f"      {_quoted(name)}: {_quoted(value)}" for name, value in env.items()))
