@@ -48,6 +48,11 @@ def environment(profile: Profile) -> dict[str, str]:
     }
 
 
+def in_format(profile: Profile, **variables: str) -> dict[str, str]:
+    """Return the variables for a gateway that speaks a provider's format."""
+    return {**variables, TTL_VARIABLE: str(_milliseconds(profile)), **extras(profile)}
+
+
 def extras(profile: Profile) -> dict[str, str]:
     """Return those of the variables that hold for every format that a gateway may speak."""
     found = {}

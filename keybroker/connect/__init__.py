@@ -6,6 +6,10 @@ from typing import Any
 # What can be connected, and in a few words what it is.
 SURFACES = {
     "claude": "Claude Code on the command line",
+    "bedrock": "Claude Code, to a gateway in Amazon Bedrock's format",
+    "vertex": "Claude Code, to a gateway in Google Vertex AI's format",
+    "foundry": "Claude Code, to a gateway in place of Microsoft Foundry",
+    "aws": "Claude Code, to a gateway in place of Claude Platform on AWS",
 }
 
 

@@ -7,6 +7,7 @@ import json
 import subprocess
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from keybroker import guidance, paths, settings
 from keybroker.config import Profile
@@ -22,6 +23,8 @@ MANAGED = {
     "macos": "/Library/Application Support/ClaudeCode",
     "windows": "C:\\Program Files\\ClaudeCode",
 }
+# Other formats and hosts that a project's own settings could lead a key to.
+MODES = ("BEDROCK", "VERTEX", "FOUNDRY", "ANTHROPIC_AWS", "MANTLE", "ANTHROPIC_GOOGLE_CLOUD")
 WIZARD = "what a project's file sets counts only after the first-run wizard and the trust prompt"
 STOPS = (
     "with a helper set, Claude Code has no Remote Control and no voice dictation",
@@ -41,8 +44,11 @@ def plan(profile: Profile, place: Place, scope: str) -> Plan:
 
 def plan_with(profile: Profile, place: Place, scope: str, environment: dict[str, str]) -> Plan:
     """Say what connects Claude Code with other variables than the usual ones."""
+    after = _after(profile, place, environment)
+    if scope != "user":  # a project's own settings come after the user's, and beat them
+        environment = {**environment, **_pins(profile, place), **environment}
     if scope == "managed":
-        return _managed(profile, place, environment)
+        return _managed(profile, place, environment, after)
     line = helper_line(profile.name, place.environment)
     if named := paths.named_config(place.environment):  # for who starts a daemon
         environment = {**environment, "KEYBROKER_CONFIG": named}
@@ -55,7 +61,23 @@ def plan_with(profile: Profile, place: Place, scope: str, environment: dict[str,
         if (ignored := _ignored(place.folder)) is not None:
             pieces = (ignored, *pieces)
         before = (*STOPS, WIZARD)
-    return Plan(pieces, before, _after(profile, place), line=line, environment=environment)
+    return Plan(pieces, before, after, line=line, environment=environment)
+
+
+def wanted(profile: Profile, key: str) -> str:
+    """
+    Return what a format cannot do without.
+
+    Raises:
+        ConfigError: The profile does not have it.
+    """
+    found = profile.claude.get(key)
+    if found is None:
+        raise ConfigError(
+            f"profiles.{profile.name}.claude: has no {key}",
+            hint=f'write {key} = "…" into [profiles.{profile.name}.claude]',
+        )
+    return str(found)
 
 
 def user_file(place: Place) -> Path:
@@ -76,12 +98,12 @@ def managed_file(place: Place) -> Path:
     return place.machine(f"{MANAGED[place.system]}/{DROP_IN}")
 
 
-def _managed(profile: Profile, place: Place, environment: dict[str, str]) -> Plan:
+def _managed(
+    profile: Profile, place: Place, environment: dict[str, str], after: tuple[str, ...]
+) -> Plan:
     """
     Set helper and address for the whole machine, in one file: only together do they hold.
 
-    A project's own settings come after it, so what would lead requests around the gateway is
-    switched off there by name.
     """
     line = shared_line(profile.name, place)
     document = {HELPER: line, "env": {**environment}}
@@ -90,10 +112,33 @@ def _managed(profile: Profile, place: Place, environment: dict[str, str]) -> Pla
     return Plan(
         (Whole(managed_file(place), data, 0o644),),
         STOPS,
-        _after(profile, place) if here else (f"goes to {MANAGED[place.system]} on those machines",),
+        after if here else (f"goes to {MANAGED[place.system]} on those machines",),
         line=line if here else None,
         environment=environment,
     )
+
+
+def _pins(profile: Profile, place: Place) -> dict[str, str]:
+    """
+    Return what keeps a repository's own settings from leading the key elsewhere.
+
+    Each was tried with the real client: without it a project's `.claude/settings.json` sends the
+    helper's key to a host of its choice, whatever ANTHROPIC_BASE_URL is here.
+    """
+    names = ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY", "ANTHROPIC_CUSTOM_HEADERS")
+    host = urlsplit(profile.base_url).hostname or ""
+    around = [*filter(None, place.environment.get("NO_PROXY", "").split(",")), host]
+    proxies = {
+        name: value
+        for name in ("HTTP_PROXY", "HTTPS_PROXY")
+        if (value := place.environment.get(name)) and "@" not in value
+    }
+    return {
+        **{f"CLAUDE_CODE_USE_{mode}": "0" for mode in MODES},
+        **dict.fromkeys(names, ""),
+        **(proxies or {"NO_PROXY": ",".join(dict.fromkeys(around))}),
+        "NODE_TLS_REJECT_UNAUTHORIZED": "1",
+    }
 
 
 def _ignored(folder: Path) -> Line | None:
@@ -122,14 +167,18 @@ def _git(folder: Path, *words: str) -> tuple[int, str]:
     return done.returncode, done.stdout.decode(errors="surrogateescape").strip("\n")
 
 
-def _after(profile: Profile, place: Place) -> tuple[str, ...]:
+def _after(profile: Profile, place: Place, environment: dict[str, str]) -> tuple[str, ...]:
     steps = ["restart Claude Code where it runs"]
     if has_login(place):
         steps.insert(0, "claude /logout, since a login is saved here")
-    lines = f"`Anthropic base URL: {profile.base_url}` and `API key: apiKeyHelper`"
+    addresses = [value for name, value in environment.items() if name.endswith("_BASE_URL")]
+    status = f"/status names the address {' '.join(addresses)}"
+    if "ANTHROPIC_BASE_URL" in environment:
+        lines = f"`Anthropic base URL: {profile.base_url}` and `API key: apiKeyHelper`"
+        status = f"/status has the lines {lines}"
     return (
         *steps,
-        f"/status has the lines {lines}; a line `Login method` means that it did not take",
+        f"{status}; a line `Login method` means that it did not take",
         "/model lists what you can choose; then try one prompt",
     )
 
