@@ -45,12 +45,11 @@ STRING = r'"(?:\\.|[^"\\])*"'
 def strict(text: str) -> str:
     """Return a text without comments and trailing commas."""
     comment = re.compile(rf"({STRING})|//[^\r\n]*|/\*.*?\*/", re.DOTALL)
-    comma = re.compile(
-        rf"({STRING}|[^{SPACE},:{{[])([{SPACE}]*),(?=[{SPACE}]*[]}}])",  # after some value
-        re.DOTALL,
+    value = re.compile(  # its end at least, and a comma that nothing follows
+        rf"({STRING}|[^{SPACE},:{{[\"])(?:([{SPACE}]*),(?=[{SPACE}]*[]}}]))?", re.DOTALL
     )
     text = comment.sub(lambda found: found[1] or " ", text.removeprefix("\ufeff"))
-    return comma.sub(r"\1\2", text)
+    return value.sub(r"\1\2", text)
 
 
 def refuse(word: str) -> Any:
