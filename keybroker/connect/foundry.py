@@ -1,8 +1,9 @@
 """Claude Code through a gateway in place of Microsoft Foundry.
 
-That client takes its key from ANTHROPIC_FOUNDRY_API_KEY alone, sends it as x-api-key, and refuses
-to start a request without one. A helper is not asked. No key goes into a settings file, so it is
-given at the start, and does not rotate while the session lasts.
+With CLAUDE_CODE_SKIP_FOUNDRY_AUTH and no ANTHROPIC_FOUNDRY_API_KEY a client of today (2.1.329)
+sends the helper's key as a bearer token, and asks again after a 401. One of before (2.1.197)
+sends nothing without that variable, and with it a client of today sends it alone, as x-api-key.
+No key goes into a settings file, so who needs it gives it at the start.
 
 See: https://code.claude.com/docs/en/llm-gateway
 """
@@ -18,7 +19,7 @@ SCOPES = claude.SCOPES
 
 
 def plan(profile: Profile, place: Place, scope: str) -> Plan:
-    """Say what connects it, but for the key."""
+    """Say what connects it, and how where the key has to be x-api-key."""
     found = claude.plan_with(
         profile,
         place,
@@ -26,9 +27,13 @@ def plan(profile: Profile, place: Place, scope: str) -> Plan:
         guidance.in_format(
             profile,
             CLAUDE_CODE_USE_FOUNDRY="1",
+            CLAUDE_CODE_SKIP_FOUNDRY_AUTH="1",
             ANTHROPIC_FOUNDRY_BASE_URL=profile.claude.get("foundry_url", profile.base_url),
         ),
     )
-    note = "in this format a helper is not asked: the key is given at the start, and stays as it is"
-    start = f'start it as: ANTHROPIC_FOUNDRY_API_KEY="$(keybroker get {profile.name})" claude'
-    return replace(found, before=(*found.before, note), after=(start, *found.after[-1:]))
+    start = (
+        "where the gateway reads x-api-key alone, or Claude Code is older than this: start it as "
+        f'ANTHROPIC_FOUNDRY_API_KEY="$(keybroker get {profile.name})" claude; that key stays as it '
+        "is until the session ends"
+    )
+    return replace(found, after=(*found.after, start))
