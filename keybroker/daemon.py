@@ -146,6 +146,7 @@ class Daemon:
         self._opens = 0  # times that it had to be sent again
         self._compacting: int | None = None  # the request that compacts the journal
         self._following: int | None = None  # the request that mends settings
+        self._follows = True  # it is to be sent
         self._written = 0  # records since the last time
         self._unlock_at, self._unlock_after = math.inf, UNLOCK_SECONDS[0]
         self._listen_at = math.inf  # the socket is gone and could not be made again
@@ -168,7 +169,6 @@ class Daemon:
         self._register()
         self._write_guidance()
         self._open_cache()
-        self._follow()
         listening.notify("READY=1")
         self._log.say("info", f"keybroker {__version__} listens at {self._path}")
         wake, armed_at = 0.0, -math.inf
@@ -233,6 +233,8 @@ class Daemon:
             self._watch_directories()
         if now >= self._mend_at:
             self._write_guidance()
+        if self._follows and self._following is None and not self._ownership.promised:
+            self._follow()
         self._server.tidy(now)
         self._answers.settle()
         if self._answers.named:
@@ -306,7 +308,10 @@ class Daemon:
                 self._following = None
                 if answer.error is not None:
                     self._log.once("warning", answer.error.message, about="settings")
-                for file in (answer.ok or {}).get("changed", ()):
+                found = answer.ok or {}
+                for problem in found.get("problems", ()):
+                    self._log.say("warning", f"{problem}; its TTL is not the new one")
+                for file in found.get("changed", ()):
                     self._log.say("info", f"{file} has the new TTL")
         if self._broker is not None and answers:
             self._broker.take(answers)
@@ -487,7 +492,7 @@ class Daemon:
         if cache_changed:
             self._open_cache()
         self._write_guidance()
-        self._follow()
+        self._follows = True
         self._watch_directories()
         return None
 
@@ -541,9 +546,10 @@ class Daemon:
 
     def _follow(self) -> None:
         """Have the TTL mended in settings files that were connected so, if there are any."""
+        self._follows = False
         with suppress(OSError):
             record = Disk().read(self._state / "connections.json") or b""
-            if b'"follow": true' in record and self._lent_out() is None:
+            if b'"follow": true' in record:
                 profiles = self._config.profiles
                 ttls = {
                     name: guidance.environment(one)[guidance.TTL_VARIABLE]

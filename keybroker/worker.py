@@ -417,7 +417,8 @@ class Operations:
         from keybroker.connect import edit
 
         path = ("env", TTL_VARIABLE)
-        return {"changed": edit.follow(self.state, path, ttls)}
+        changed, problems = edit.follow(self.state, path, ttls)
+        return {"changed": changed, "problems": problems}
 
     def compact(self) -> dict[str, Any]:
         """Drop from the journal what is over. Nobody else may be writing it."""

@@ -196,7 +196,7 @@ class _Job:
                 change = self._work_out(piece, record)
                 if edit.commit(change, record):
                     return change
-        raise edit.changed_too_often(piece.file)
+        raise changed_too_often(piece.file)
 
 
 @click.command("disconnect")

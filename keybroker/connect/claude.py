@@ -4,6 +4,8 @@ See: https://code.claude.com/docs/en/settings
 """
 
 import json
+import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from urllib.parse import urlsplit
 from keybroker import guidance, paths, settings
 from keybroker.config import Profile
 from keybroker.connect.line import helper_line, shared_line
-from keybroker.connect.plan import Keys, Line, Piece, Place, Plan, Whole
+from keybroker.connect.plan import Keys, Line, Piece, Place, Plan
 from keybroker.errors import ConfigError
 
 SCOPES = ("user", "local", "managed")
@@ -49,13 +51,16 @@ def plan_with(profile: Profile, place: Place, scope: str, environment: dict[str,
         environment = {**environment, **_pins(profile, place), **environment}
     if scope == "managed":
         return _managed(profile, place, environment, after)
+    if place.output is not None or place.system != Place.here().system:
+        raise ConfigError(
+            "connect: only what is for everybody can be written for other machines",
+            hint="--scope managed",
+        )
     line = helper_line(profile.name, place.environment)
     if named := paths.named_config(place.environment):  # for who starts a daemon
         environment = {**environment, "KEYBROKER_CONFIG": named}
-    values: dict[settings.Path, Any] = {(HELPER,): line}
-    values |= {("env", name): value for name, value in environment.items()}
     file = user_file(place) if scope == "user" else local_file(place)
-    pieces: tuple[Piece, ...] = (Keys(file, values, guarded=((HELPER,),)),)
+    pieces: tuple[Piece, ...] = (_keys(file, line, environment),)
     before: tuple[str, ...] = STOPS
     if scope == "local":
         if (ignored := _ignored(place.folder)) is not None:
@@ -80,6 +85,12 @@ def wanted(profile: Profile, key: str) -> str:
     return str(found)
 
 
+def _keys(file: Path, line: str, environment: dict[str, str], mode: int = 0o600) -> Keys:
+    values: dict[settings.Path, Any] = {(HELPER,): line}
+    values |= {("env", name): value for name, value in environment.items()}
+    return Keys(file, values, guarded=((HELPER,),), mode=mode)
+
+
 def user_file(place: Place) -> Path:
     """Return the user's settings; CLAUDE_CONFIG_DIR moves them."""
     return configuration_folder(place) / "settings.json"
@@ -101,16 +112,11 @@ def managed_file(place: Place) -> Path:
 def _managed(
     profile: Profile, place: Place, environment: dict[str, str], after: tuple[str, ...]
 ) -> Plan:
-    """
-    Set helper and address for the whole machine, in one file: only together do they hold.
-
-    """
+    """Set helper and address for the whole machine, in one file: only together do they hold."""
     line = shared_line(profile.name, place)
-    document = {HELPER: line, "env": {**environment}}
-    data = (json.dumps(document, indent=2) + "\n").encode()
     here = place.output is None and place.system == Place.here().system
     return Plan(
-        (Whole(managed_file(place), data, 0o644),),
+        (_keys(managed_file(place), line, environment, mode=0o644),),
         STOPS,
         after if here else (f"goes to {MANAGED[place.system]} on those machines",),
         line=line if here else None,
@@ -142,21 +148,39 @@ def _pins(profile: Profile, place: Place) -> dict[str, str]:
 
 
 def _ignored(folder: Path) -> Line | None:
-    """Return the line that has git ignore a project's local settings; None: not needed."""
+    """
+    Return the line that has git ignore a project's local settings; None: not needed.
+
+    Raises:
+        ConfigError: Git has them, or is told by the project to take them.
+    """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: is not a folder")
     name = ".claude/settings.local.json"
-    if _git(folder, "check-ignore", "-q", name) != (1, ""):
+    if _git(folder, "ls-files", "--error-unmatch", name)[0] == 0:
+        raise ConfigError(f"{folder / name}: git has it", hint=f"git rm --cached {name}")
+    ignored, _ = _git(folder, "check-ignore", "-q", name)
+    if ignored == 0:
         return None
     status, found = _git(folder, "rev-parse", "--git-path", "info/exclude")
     _, prefix = _git(folder, "rev-parse", "--show-prefix")
-    return None if status else Line((folder / found).absolute(), f"/{prefix}{name}")
+    if status or ignored != 1:
+        return None
+    told, _ = _git(folder, "check-ignore", "-v", name)
+    if told == 0:  # by a pattern with an exclamation mark, which comes before what we may write
+        raise ConfigError(
+            f"{folder}: its .gitignore has git take {name}", hint=f"add {name} to it, at its end"
+        )
+    pattern = re.sub(r"([\\*?\[\]])", r"\\\1", prefix)
+    return Line((folder / found).absolute(), f"/{pattern}{name}")
 
 
 def _git(folder: Path, *words: str) -> tuple[int, str]:
+    unnamed = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # a hook's, of another repository
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *words],
+            env={name: value for name, value in os.environ.items() if name not in unnamed},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

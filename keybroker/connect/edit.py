@@ -3,6 +3,7 @@
 import base64
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 from keybroker import settings
 from keybroker.connect import files
 from keybroker.connect.plan import Keys, Line, Piece, Whole
-from keybroker.connect.record import Entry, Key, Record, digest, now
-from keybroker.errors import ConfigError, NotReady
+from keybroker.connect.files import changed_too_often
+from keybroker.connect.record import Entry, Key, Record, digest, file_of, now
+from keybroker.errors import ConfigError, KeybrokerError
 from keybroker.settings import MISSING, Document, Named, SettingsInvalid, Splice
 
 TRIES = 5
@@ -29,6 +31,12 @@ class Change:
     kept: tuple[str, ...] = ()  # keys of ours that somebody changed since
     exact: bool = True
     replaced: tuple[str, ...] = ()  # foreign values that give way
+    line: str = ""  # the one that it is about, in a file of lines
+
+    @property
+    def name(self) -> str:
+        """What it is recorded under."""
+        return _name(self.target.file, self.line)
 
     @property
     def is_one(self) -> bool:
@@ -52,7 +60,10 @@ def to_connect(
         ConfigError: The file cannot be edited, or has what only `force` replaces.
     """
     target = files.read(piece.file)
-    old = record.entry(piece.file, target.data)
+    if target.data is None:
+        files.check_folder(target)
+    line = piece.line if isinstance(piece, Line) else ""
+    old = record.files.get(_name(piece.file, line))
     if old is not None and old.profile != profile and not force:
         raise ConfigError(
             f"{piece.file}: is connected to the profile {old.profile}",
@@ -61,34 +72,25 @@ def to_connect(
     kind = {Keys: "keys", Line: "line", Whole: "whole"}[type(piece)]
     entry = Entry(kind, surface, profile, scope, now(), None, None, follow=follow)
     if isinstance(piece, Whole):
-        if old is None and target.data not in (None, piece.data) and not force:
-            raise ConfigError(f"{piece.file}: is there already, and not ours", hint="--force")
-        was = old.was if old is not None else _kept(target.data)
-        before = old.before if old is not None else digest(target.data)
-        entry = replace(entry, before=before, after=digest(piece.data), was=was)
-        return Change(target, piece.data, entry, old, piece.mode)
-    base, _, _ = _taken_back(target, old)
-    entry = replace(entry, before=digest(base))
-    text = "" if base is None else base.decode("utf-8")
+        return _with_whole(piece, target, entry, old, force=force)
     if isinstance(piece, Line):
-        after, splices = _with_line(text, piece.line)
-        entry = replace(entry, after=digest(after.encode()), splices=splices)
-        return Change(target, after.encode(), entry, old)
-    return _with_keys(piece, target, text, entry, old, force=force)
+        return _with_line(piece, target, entry, old)
+    base, _, _ = _taken_back(target, old)
+    text = replace(target, data=base).text or ""
+    return _with_keys(piece, target, text, replace(entry, before=digest(base)), old, force=force)
 
 
-def to_disconnect(file: Path, record: Record) -> Change:
+def to_disconnect(name: str, record: Record) -> Change:
     """
-    Work out what takes back all that was done to one file.
+    Work out what takes back all that is recorded under a name.
 
     Raises:
         ConfigError: The file cannot be edited.
     """
-    target = files.read(file)
-    old = record.entry(file, target.data)
-    assert old is not None, "only what is recorded is taken back"
+    target = files.read(file_of(name))
+    old = record.files[name]
     data, kept, exact = _taken_back(target, old)
-    return Change(target, data, None, old, kept=kept, exact=exact)
+    return Change(target, data, None, old, kept=kept, exact=exact, line=name.partition("\n")[2])
 
 
 def commit(change: Change, record: Record) -> bool:
@@ -101,26 +103,22 @@ def commit(change: Change, record: Record) -> bool:
     Raises:
         ConfigError: The disk will not have it.
     """
-    file, entry = change.target.file, change.entry
+    entry, old, folder = change.entry, change.old, change.target.real.parent
+    folders = old.folders if old is not None else ()
     if entry is not None:
-        made = files.make_folder(change.target.real.parent, _folder_mode(change.mode))
-        folders = change.old.folders if change.old is not None else tuple(map(str, made))
+        made = tuple(map(str, files.missing(folder)))
+        folders = (*made, *(one for one in folders if one not in made))
         entry = replace(entry, folders=folders)
-        record.announce(file, entry)
-    if change.is_one and not files.replace(change.target, change.data, mode=change.mode):
+        record.announce(change.name, entry)
+        files.make_folder(folder, _folder_mode(change.mode))
+    if not files.replace(change.target, change.data, mode=change.mode):
         return False
-    if entry is None and change.old is not None and change.data is None:
-        for folder in change.old.folders:
-            try:
-                Path(folder).rmdir()
-            except OSError:  # somebody has put something into it
-                break
-    record.settle(file, entry)
+    if entry is None and change.data is None:
+        for one in folders:  # those that are not empty stay, and so do those above them
+            with suppress(OSError):
+                Path(one).rmdir()
+    record.settle(change.name, entry)
     return True
-
-
-def changed_too_often(file: Path) -> NotReady:
-    return NotReady(f"{file}: is being changed by another program", hint="try again")
 
 
 def _taken_back(
@@ -133,42 +131,77 @@ def _taken_back(
     if digest(data) == old.after:
         if old.kind == "whole":
             return None if old.was is None else base64.b64decode(old.was), (), True
-        text = settings.undone(target.text or "", old.splices)
-        restored = None if old.before is None else text.encode()
-        if digest(restored) == old.before:
-            return restored, (), True
+        with suppress(ValueError):
+            text = settings.undone(target.text or "", old.splices)
+            restored = None if old.before is None else text.encode()
+            if digest(restored) == old.before:
+                return restored, (), True
     if old.kind == "whole":
         return data, ("all of it",), False
+    kept: tuple[str, ...] = ()
     if old.kind == "line":
-        if not old.splices:
-            return data, (), True
-        line = old.splices[-1].inserted.strip("\r\n")
+        line = old.splices[-1].inserted.strip("\r\n") if old.splices else None
         lines = (target.text or "").splitlines(keepends=True)
-        return "".join(one for one in lines if one.strip("\r\n") != line).encode(), (), False
-    document = _document(target, target.text or "")
-    kept = _remove_keys(document, old.keys)
-    return document.text.encode(), kept, False
+        text = "".join(one for one in lines if one.strip("\r\n") != line)
+    else:
+        document = _document(target, target.text or "")
+        kept = _remove_keys(document, old.keys)
+        text = document.text
+    if old.before is None and not set(text) - set("\ufeff{} \t\r\n"):  # nothing is left in it
+        return None, kept, False
+    return text.encode(), kept, False
 
 
 def _remove_keys(document: Document, keys: Sequence[Key]) -> tuple[str, ...]:
     """Put back what each key was, unless somebody changed it since; return the names of those."""
     kept = []
     for key in reversed(keys):
-        value = document.get(key.path)
-        if value is MISSING:
+        raw = document.raw(key.path)
+        if raw is not None and raw == key.was:
             continue
-        if value != key.value:
+        if raw is not None and document.get(key.path) != key.value:
             kept.append(name_of(key.path))
-        elif key.was is not None:
+        elif raw is not None and key.was is not None:
             document.put_raw(key.path, key.was)
         else:
             document.remove(key.path)
             for length in range(len(key.path) - 1, len(key.path) - key.made, -1):
                 part = key.path[length - 1]
-                empty = {"name": part.name} if isinstance(part, Named) else None
-                if document.get(key.path[:length]) in ({}, [], empty):
+                empty = ({"name": part.name},) if isinstance(part, Named) else ({}, [])
+                if document.get(key.path[:length]) in empty:
                     document.remove(key.path[:length])
     return tuple(kept)
+
+
+def _with_whole(
+    piece: Whole, target: files.Target, entry: Entry, old: Entry | None, *, force: bool
+) -> Change:
+    data = target.data
+    if old is not None and old.kind == "whole" and digest(data) in (old.before, old.after):
+        entry = replace(entry, before=old.before, was=old.was)
+    elif data in (None, piece.data) or force:
+        was = None if data is None else base64.b64encode(data).decode()
+        entry = replace(entry, before=digest(data), was=was)
+    else:
+        what = "was changed since it was connected" if old else "is there already, and not ours"
+        raise ConfigError(f"{piece.file}: {what}", hint="--force replaces it")
+    entry = replace(entry, after=digest(piece.data))
+    return Change(target, piece.data, entry, old, piece.mode)
+
+
+def _with_line(piece: Line, target: files.Target, entry: Entry, old: Entry | None) -> Change:
+    text = target.text or ""
+    if piece.line in text.splitlines():
+        before, after, splices = digest(target.data), digest(target.data), ()
+        if old is not None:
+            before, after, splices = old.before, old.after, old.splices
+        entry = replace(entry, before=before, after=after, splices=splices)
+        return Change(target, target.data, entry, old, line=piece.line)
+    inserted = f"{'' if not text or text.endswith(chr(10)) else chr(10)}{piece.line}\n"
+    splice = Splice(len(text), "", inserted)
+    data = (text + inserted).encode()
+    entry = replace(entry, before=digest(target.data), after=digest(data), splices=(splice,))
+    return Change(target, data, entry, old, 0o644, line=piece.line)
 
 
 def _with_keys(
@@ -182,10 +215,12 @@ def _with_keys(
     document = _document(target, text)
     if piece.strict:
         _check_strict(target, text)
+    held = () if old is None else _held(target, old)
     for path in piece.guarded:
         found = document.get(path)
         pasted = isinstance(found, str) and is_ours(found)
-        if found not in (MISSING, piece.values[path]) and not pasted and not force:
+        free = found in (MISSING, piece.values[path]) or pasted or path in held
+        if not free and not force:
             raise ConfigError(
                 f"{target.file}: has another {name_of(path)}",
                 hint="--force replaces it; `keybroker disconnect` puts it back",
@@ -203,7 +238,15 @@ def _with_keys(
     splices += document.splices
     data = document.text.encode()
     entry = replace(entry, after=digest(data), splices=tuple(splices), keys=tuple(keys))
-    return Change(target, data, entry, old, replaced=tuple(replaced))
+    return Change(target, data, entry, old, piece.mode, replaced=tuple(replaced))
+
+
+def _held(target: files.Target, old: Entry) -> list[settings.Path]:
+    """Return the keys that have what we gave them, perhaps by force; it was agreed to."""
+    if target.data is None:
+        return []
+    document = _document(target, target.text or "")
+    return [key.path for key in old.keys if document.get(key.path) == key.value]
 
 
 def is_ours(helper: str) -> bool:
@@ -225,7 +268,7 @@ def _document(target: files.Target, text: str) -> Document:
 def _check_strict(target: files.Target, text: str) -> None:
     """Refuse what its reader ignores as a whole: a key in it would never be seen."""
     try:
-        json.loads(text.removeprefix("\ufeff"))
+        json.loads(text.removeprefix("\ufeff"), parse_int=str)  # of any length
     except ValueError as error:
         line, column = getattr(error, "lineno", 1), getattr(error, "colno", 1)
         raise ConfigError(
@@ -235,18 +278,6 @@ def _check_strict(target: files.Target, text: str) -> None:
         ) from None
     except RecursionError:
         pass  # deeper than this reader goes, and valid for the one above
-
-
-def _with_line(text: str, line: str) -> tuple[str, tuple[Splice, ...]]:
-    if line in text.splitlines():
-        return text, ()
-    lead = "" if not text or text.endswith("\n") else "\n"
-    inserted = f"{lead}{line}\n"
-    return text + inserted, (Splice(len(text), "", inserted),)
-
-
-def _kept(data: bytes | None) -> str | None:
-    return None if data is None else base64.b64encode(data).decode()
 
 
 def _folder_mode(mode: int) -> int:
@@ -262,7 +293,9 @@ def value_shown(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
-def follow(state: Path, path: settings.Path, wanted: Mapping[str, str]) -> list[str]:
+def follow(
+    state: Path, path: settings.Path, wanted: Mapping[str, str]
+) -> tuple[list[str], list[str]]:
     """
     Bring one key up to date in every file that was connected to be followed.
 
@@ -270,27 +303,34 @@ def follow(state: Path, path: settings.Path, wanted: Mapping[str, str]) -> list[
         wanted: The key's value by profile.
 
     Returns:
-        The files that were changed.
+        The files that were changed, and in words why others could not be.
 
     Raises:
-        KeybrokerError: The record or a file cannot be read or written.
+        KeybrokerError: The record cannot be read or written.
     """
-    changed = []
+    changed, problems = [], []
     with Record.open(state) as record:
         for name, entry in list(record.files.items()):
             value = wanted.get(entry.profile)
-            if entry.follow and value is not None and _followed(Path(name), path, value, record):
-                changed.append(name)
-    return changed
+            if not entry.follow or value is None:
+                continue
+            try:
+                if _followed(name, path, value, record):
+                    changed.append(name)
+            except KeybrokerError as error:
+                problems.append(error.message)
+    return changed, problems
 
 
-def _followed(file: Path, path: settings.Path, value: str, record: Record) -> bool:
+def _followed(name: str, path: settings.Path, value: str, record: Record) -> bool:
     """Give a key another value, if it still has the one that we gave it."""
+    entry = record.files[name]
+    key = next((key for key in entry.keys if key.path == path), None)
+    if key is None or key.value == value:
+        return False
     for _ in range(TRIES):
-        target = files.read(file)
-        entry = record.entry(file, target.data)
-        key = next((key for key in entry.keys if key.path == path), None) if entry else None
-        if entry is None or key is None or key.value == value or target.data is None:
+        target = files.read(file_of(name))
+        if target.data is None:
             return False
         document = _document(target, target.text or "")
         if document.get(path) != key.value:  # somebody else's by now
@@ -298,13 +338,16 @@ def _followed(file: Path, path: settings.Path, value: str, record: Record) -> bo
         document.put(path, value)
         data = document.text.encode()
         untouched = digest(target.data) == entry.after
-        keys = tuple(replace(key, value=value) if one is key else one for one in entry.keys)
         fresh = replace(
             entry,
-            keys=keys,
-            splices=(*entry.splices, *document.splices),
-            after=digest(data) if untouched else None,
+            keys=tuple(replace(key, value=value) if one is key else one for one in entry.keys),
+            splices=(*entry.splices, *document.splices) if untouched else (),
+            after=digest(data),
         )
         if commit(Change(target, data, fresh, entry), record):
             return True
-    raise changed_too_often(file)
+    raise changed_too_often(target.file)
+
+
+def _name(file: Path, line: str) -> str:
+    return f"{file}\n{line}" if line else str(file)

@@ -6,15 +6,21 @@ import os
 import shutil
 import stat
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from keybroker.errors import ConfigError
+from keybroker.errors import ConfigError, NotReady
 
 LARGEST = 16 << 20
+FRESH_SECONDS = 1.0  # what was written so lately may be half written yet
+LOOKS, LOOK_SECONDS = 20, 0.03
+SWAPS = 100
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
 _AT_FDCWD = -100
+# A system or a file system that has no such thing.
+_CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +52,30 @@ def read(file: Path) -> Target:
     """
     Read a file that we may replace.
 
+    A program that writes in place empties it first: what it has not finished is waited for.
+
     Raises:
         ConfigError: It is not a file, another's, read-only, or larger than 16 MiB.
+        NotReady: Somebody writes it all the time.
     """
+    target, before = _read(file)
+    for _ in range(LOOKS):
+        if before is None or time.time() - before.st_mtime > FRESH_SECONDS:
+            return target
+        time.sleep(LOOK_SECONDS)
+        again, after = _read(file)
+        if again == target or after is None or after.st_ino != before.st_ino:
+            return again  # nobody writes, or somebody who puts whole files in place
+        target, before = again, after
+    raise changed_too_often(file)
+
+
+def _read(file: Path) -> tuple[Target, os.stat_result | None]:
     try:
         real = file.resolve(strict=False)
         descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except FileNotFoundError:
-        _check_folder(file, real)
-        return Target(file, real, None)
+        return Target(file, real, None), None
     except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
         raise _cannot(file, "read", error) from None
     with open(descriptor, "rb") as opened:
@@ -80,7 +101,25 @@ def read(file: Path) -> Target:
         raise ConfigError(f"{file}: larger than 16 MiB; nothing was changed")
     if not os.access(real.parent, os.W_OK):
         raise ConfigError(f"{real.parent}: may not be written by this user; nothing was changed")
-    return Target(file, real, data)
+    return Target(file, real, data), found
+
+
+def check_folder(target: Target) -> None:
+    """
+    See that a file that is not there could be made.
+
+    Raises:
+        ConfigError: What is above it is not a folder, or not one that we may write.
+    """
+    above = next(one for one in target.real.parents if one.exists())
+    if not above.is_dir():
+        raise ConfigError(f"{target.file}: {above} is not a folder")
+    if not os.access(above, os.W_OK):
+        raise ConfigError(f"{above}: may not be written by this user; nothing was changed")
+
+
+def changed_too_often(file: Path) -> NotReady:
+    return NotReady(f"{file}: is being changed by another program", hint="try again")
 
 
 def replace(target: Target, data: bytes | None, *, mode: int = 0o600) -> bool:
@@ -102,21 +141,27 @@ def replace(target: Target, data: bytes | None, *, mode: int = 0o600) -> bool:
     # hidden, and with an ending of its own: nobody takes it for a file of settings
     draft = target.real.with_name(f".{target.real.name}.keybroker")
     try:
-        with suppress(FileNotFoundError):
-            draft.unlink()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            draft.unlink()  # of somebody who was ended in the middle of this
+        if data == target.data:
+            return True
         if data is None:
             return _remove(target, draft)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with open(os.open(draft, flags, mode), "wb") as file:
             file.write(data)
             file.flush()
-            if target.data is not None:
+            if target.data is None:
+                os.fchmod(file.fileno(), mode)  # whatever the umask
+            else:
                 _look_like(target.real, draft)
             os.fsync(file.fileno())
-        done = _swap(target, draft)
+        done = _make(target, draft) if target.data is None else _swap(target, draft, data)
         if done:
             _sync_folder(target.real.parent)
         return done
+    except FileNotFoundError:  # it, or its folder, was taken away meanwhile
+        return False
     except OSError as error:
         raise _cannot(target.file, "written", error) from None
     finally:
@@ -124,34 +169,56 @@ def replace(target: Target, data: bytes | None, *, mode: int = 0o600) -> bool:
             draft.unlink()
 
 
-def make_folder(folder: Path, mode: int = 0o700) -> list[Path]:
+def missing(folder: Path) -> list[Path]:
+    """Return the folders that would have to be made for this one, the deepest first."""
+    return [one for one in (folder, *folder.parents) if not one.exists()]
+
+
+def make_folder(folder: Path, mode: int = 0o700) -> None:
     """
-    Make a folder and those above it; return those that were made, the deepest first.
+    Make a folder and those above it.
 
     Raises:
         ConfigError: It cannot be made.
     """
-    missing = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
-        folder.mkdir(mode=mode, parents=True, exist_ok=True)
+        for one in reversed(missing(folder)):
+            one.mkdir(mode=0o700, exist_ok=True)
+            one.chmod(mode)  # whatever the umask
     except OSError as error:
         raise _cannot(folder, "made", error) from None
-    return missing
 
 
-def _swap(target: Target, draft: Path) -> bool:
-    if target.data is None:
-        try:
-            os.link(draft, target.real)  # fails if somebody made one meanwhile
-        except FileExistsError:
-            return False
-        return True
-    if _exchange(draft, target.real):
-        if _bytes(draft) == target.data:
-            return True
-        _exchange(draft, target.real)
+def _make(target: Target, draft: Path) -> bool:
+    try:
+        os.link(draft, target.real)  # fails if somebody made one meanwhile
+    except FileExistsError:
         return False
-    if _bytes(target.real) != target.data:
+    except OSError as error:
+        if error.errno not in _CANNOT or target.real.exists():
+            raise
+        draft.replace(target.real)  # a file system without hard links
+    return True
+
+
+def _swap(target: Target, draft: Path, data: bytes) -> bool:
+    """
+    Put a draft in place of a file that is what was read.
+
+    What comes out is looked at. If it is something else, it goes back in; and if what comes out
+    then is not what went in, somebody wrote it meanwhile, and that is what goes back in.
+    """
+    put, expected = data, target.data
+    for _ in range(SWAPS):
+        if not _exchange(draft, target.real):
+            break
+        found = content(draft)
+        if found == expected:
+            return put == data
+        put, expected = found, put
+    else:
+        return False
+    if content(target.real) != target.data:
         return False
     draft.replace(target.real)
     return True
@@ -162,10 +229,10 @@ def _remove(target: Target, draft: Path) -> bool:
         target.real.rename(draft)
     except FileNotFoundError:
         return target.data is None
-    if _bytes(draft) == target.data:
+    if content(draft) == target.data:
+        _sync_folder(target.real.parent)
         return True
-    with suppress(FileExistsError):
-        os.link(draft, target.real)
+    _make(target, draft)
     return False
 
 
@@ -184,7 +251,7 @@ def _exchange(one: Path, other: Path) -> bool:
     if result == 0:
         return True
     number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOENT):
+    if number in _CANNOT:
         return False
     raise OSError(number, os.strerror(number))
 
@@ -199,9 +266,10 @@ def _look_like(old: Path, new: Path) -> None:
     os.utime(new)
 
 
-def _bytes(file: Path) -> bytes | None:
+def content(file: Path) -> bytes | None:
+    """Return what is in a file, whoever has it; None when it is not there."""
     try:
-        return file.read_bytes()
+        return file.readcontent()
     except FileNotFoundError:
         return None
 
@@ -212,15 +280,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _check_folder(file: Path, real: Path) -> None:
-    """See that a file that is not there could be made: what is above it is a folder of ours."""
-    above = next(one for one in real.parents if one.exists())
-    if not above.is_dir():
-        raise ConfigError(f"{file}: {above} is not a folder")
-    if not os.access(above, os.W_OK):
-        raise ConfigError(f"{above}: may not be written by this user; nothing was changed")
 
 
 def _cannot(file: Path, what: str, error: Exception) -> ConfigError:

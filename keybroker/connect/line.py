@@ -6,6 +6,7 @@ import stat
 import sys
 import sysconfig
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from keybroker import paths
@@ -84,8 +85,10 @@ def _check_others_can(files: Iterable[str]) -> None:
     for file in files:
         for path in {Path(file), Path(file).resolve()}:
             for one in (path, *path.parents):
-                mode = one.stat().st_mode
                 wanted = stat.S_IXOTH if one != path else stat.S_IROTH
+                mode = 0
+                with suppress(OSError):
+                    mode = one.stat().st_mode
                 if not mode & wanted:
                     raise ConfigError(
                         f"connect: keybroker is installed in {sys.prefix}, where other users "

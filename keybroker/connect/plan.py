@@ -63,13 +63,15 @@ class Keys:
 
     Attributes:
         strict: Whoever reads the file takes no comments and no trailing commas.
-        ours: Keys whose present value must be ours, or is replaced by force only.
+        guarded: Keys whose present value must be ours, or is replaced by force only.
+        mode: Of the file, where it has to be made.
     """
 
     file: Path
     values: Mapping[settings.Path, Any]
     strict: bool = True
     guarded: tuple[settings.Path, ...] = ()
+    mode: int = 0o600
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,18 +5,22 @@
       "splices": [[1, "", "\\n  \\"apiKeyHelper\\": \\"exec …\\"\\n"]], "keys": [
         {"path": ["apiKeyHelper"], "was": null, "value": "exec …", "made": 1}], "folders": []}}}
 
-`before` and `after` are SHA-256 of the file; null: there was none. No copy of a file is kept:
-somebody's secrets may be in it.
+`before` and `after` are SHA-256 of the file; null: there was none. A line in a text file is
+recorded under the file's name, a line break, and the line: others of ours may be in it. No copy
+of what somebody else wrote is kept, for secrets may be in it, but for what we took the place of.
+
+`coming` has what is about to be done. Whoever reads it next looks if it was.
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from keybroker.connect.files import content
 from keybroker.credential import sha256
 from keybroker.errors import CacheError
 from keybroker.paths import Disk, private_directory
@@ -52,6 +56,11 @@ class Entry:
     folders: tuple[str, ...] = ()
     was: str | None = None  # of a whole file that was replaced
     follow: bool = False
+
+
+def file_of(name: str) -> Path:
+    """Return the file that something is recorded of."""
+    return Path(name.partition("\n")[0])
 
 
 def digest(data: bytes | None) -> str | None:
@@ -97,32 +106,40 @@ class Record:
                 raise CacheError(f"{path}: of a newer keybroker")
             files = {name: _decode(one) for name, one in found["files"].items()}
             coming = {name: _decode(one) for name, one in found.get("coming", {}).items()}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise CacheError(
                 f"{path}: cannot be read",
                 hint="move it away; then `keybroker connect` starts anew",
             ) from None
-        return cls(path, files, coming)
+        record = cls(path, files, coming)
+        record._look_what_came()
+        return record
 
-    def entry(self, file: Path, data: bytes | None) -> Entry | None:
-        """Return what was done to a file, of which this is the text: an end may have come early."""
-        coming = self.coming.get(str(file))
-        if coming is not None and coming.after == digest(data):
-            return coming
-        return self.files.get(str(file))
+    def _look_what_came(self) -> None:
+        """Take for done what was about to be done, if it was: an end may have come early."""
+        for name, entry in self.coming.items():
+            done = False
+            with suppress(OSError):
+                done = digest(content(file_of(name))) == entry.after
+            if done:
+                self.files[name] = entry
+            elif entry.folders:  # those were made, perhaps
+                old = self.files.get(name) or replace(entry, keys=(), splices=(), after=entry.before)
+                self.files[name] = replace(old, folders=entry.folders)
+        self.coming = {}
 
-    def announce(self, file: Path, entry: Entry) -> None:
+    def announce(self, name: str, entry: Entry) -> None:
         """Write down what is about to be done."""
-        self.coming = {str(file): entry}
+        self.coming[name] = entry
         self.save()
 
-    def settle(self, file: Path, entry: Entry | None) -> None:
+    def settle(self, name: str, entry: Entry | None) -> None:
         """Write down what was done; None: it was taken back."""
-        self.coming = {}
+        self.coming.pop(name, None)
         if entry is None:
-            self.files.pop(str(file), None)
+            self.files.pop(name, None)
         else:
-            self.files[str(file)] = entry
+            self.files[name] = entry
         self.save()
 
     def save(self) -> None:
@@ -141,7 +158,7 @@ def _encode(entry: Entry) -> dict[str, Any]:
 
 
 def _decode(value: Mapping[str, Any]) -> Entry:
-    splices = tuple(Splice(*one) for one in value["splices"])
+    splices = tuple(Splice(int(a), str(b), str(c)) for a, b, c in value["splices"])
     keys = tuple(Key(**{**one, "path": _path(one["path"])}) for one in value["keys"])
     folders = tuple(value["folders"])
     return Entry(**{**value, "splices": splices, "keys": keys, "folders": folders})
