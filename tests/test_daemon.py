@@ -316,7 +316,7 @@ def test_status_is_the_daemons(running: Resident) -> None:
     assert running.process is not None
     assert stdout.startswith(f"daemon 0.1.0, process {running.process.pid}, up ")
     assert "lid closed   for 8h: yes, the key lives until" in stdout
-    assert f'"apiKeyHelper": {json.dumps(helper_line("work"))}' in stdout
+    assert f'"apiKeyHelper": {json.dumps(helper_line("work", running.environment))}' in stdout
     assert "for 13h: no, the key ends at" in running.cli("status", "--lid", "13h")[1]
 
 

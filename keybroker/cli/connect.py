@@ -1,6 +1,7 @@
 """connect, disconnect: Claude Code and its relatives, set up and taken back."""
 
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,18 +9,19 @@ from typing import Any
 
 import click
 
-from keybroker import guidance, settings
-from keybroker.cli.base import coloured, print_json, progress
+from keybroker import guidance, paths, settings
+from keybroker.cli.base import coloured, print_json, progress, say
 from keybroker.cli.daemon import end_daemon
 from keybroker.cli.work import configuration, daemon_socket, state
 from keybroker.config import Profile
 from keybroker.connect import SURFACES, edit, surface
+from keybroker.connect.files import changed_too_often
 from keybroker.connect.organisation import organisation, refuse
 from keybroker.connect.plan import Piece, Place, Plan
 from keybroker.connect.proof import prove
-from keybroker.connect.record import Entry, Record
+from keybroker.connect.record import FILE, Entry, Record, file_of
+from keybroker.connect.tokens import Found, tokens
 from keybroker.connect.tokens import take_out as remove
-from keybroker.connect.tokens import tokens
 from keybroker.errors import ConfigError, KeybrokerError
 
 FOLDER = click.Path(path_type=Path)
@@ -79,15 +81,13 @@ def connect_command(
         changes["system"] = system
     for name in surfaces or ("claude",):
         job = _Job(name, wanted, Place.here(**changes), scope, follow=follow, force=force)
-        job.clear(take_out=take_out_keys, dry_run=dry_run)
-        job.run(dry_run=dry_run, check=not no_check, as_json=as_json)
+        job.run(dry_run=dry_run, check=not no_check, as_json=as_json, take_out=take_out_keys)
 
 
 def connect_profile(name: str) -> None:
     """Connect Claude Code to a profile, for its user."""
     job = _Job("claude", configuration().profile(name), Place.here(), "user")
-    job.clear(take_out=False)
-    job.run(dry_run=False, check=True, as_json=False)
+    job.run(dry_run=False, check=True, as_json=False, take_out=False)
 
 
 class _Job:
@@ -106,7 +106,7 @@ class _Job:
         self.surface, self.profile, self.place, self.scope = surface_name, profile, place, scope
         self.follow, self.force = follow, force
 
-    def run(self, *, dry_run: bool, check: bool, as_json: bool) -> None:
+    def run(self, *, dry_run: bool, check: bool, as_json: bool, take_out: bool) -> None:
         module = surface(self.surface)
         self._look_around(quiet=as_json)
         if self.scope not in module.SCOPES:
@@ -118,11 +118,10 @@ class _Job:
         if not as_json:
             for text in plan.before:
                 print(f"note: {text}", file=sys.stderr)
-        done = []
-        if dry_run:
-            with Record.open(state()) as record:
-                done = [self._work_out(piece, record) for piece in plan.pieces]
-        else:
+        record = Record.read(paths.state_directory(os.environ) / FILE)
+        done = [self._work_out(piece, record) for piece in plan.pieces]  # before any is written
+        self._clear(take_out=take_out, dry_run=dry_run)
+        if not dry_run:
             done = [self._write(piece) for piece in plan.pieces]
         tried = None
         if check and not dry_run and plan.line is not None:
@@ -146,7 +145,7 @@ class _Job:
             for number, text in enumerate(plan.after, 1):
                 print(f"  {number}. {text}")
 
-    def clear(self, *, take_out: bool, dry_run: bool = False) -> None:
+    def _clear(self, *, take_out: bool, dry_run: bool) -> None:
         """
         Say which keys would be sent instead of ours, and take out those that may go.
 
@@ -160,10 +159,9 @@ class _Job:
             print(f"note: {found.place} sets {found.variable}, and {INSTEAD}", file=sys.stderr)
             if dry_run:
                 continue
-            question = f"Take {found.variable} out of {found.path}, for good?"
-            if found.alone and (take_out or (sys.stdin.isatty() and click.confirm(question))):
+            if found.alone and (take_out or _agreed(found)):
                 remove(found)
-                print(f"took {found.variable} out of {found.path}")
+                print(f"took {found.variable} out of {found.path}", file=sys.stderr)
             elif found.is_settings:
                 raise ConfigError(
                     f"connect: {found.place}: has {found.variable}, and {INSTEAD}",
@@ -214,17 +212,25 @@ def disconnect_command(
     taken out, and what they replaced is put back.
     """
     done: list[edit.Change] = []
+    problems: list[KeybrokerError] = []
     with Record.open(state()) as record:
-        for file, entry in list(record.files.items()):
+        for name, entry in reversed(list(record.files.items())):
             if _is_meant(entry, surfaces, profile, scope):
-                done.append(_take_back(Path(file), record, dry_run=dry_run))
+                try:
+                    done.append(_take_back(name, record, dry_run=dry_run))
+                except KeybrokerError as error:  # of one file; the others are taken back
+                    problems.append(error)
     if as_json:
         print_json({"files": [_described(one) for one in done]})
-        return
-    for one in done:
-        print(_diff(one) if dry_run else _said(one))
-    if not done:
-        print("nothing is connected")
+    else:
+        for one in done:
+            print(_diff(one) if dry_run else _said(one))
+        if not done and not problems:
+            print("nothing is connected")
+    for problem in problems[:-1]:
+        say(problem)
+    if problems:
+        raise problems[-1]
 
 
 def _is_meant(
@@ -237,23 +243,29 @@ def _is_meant(
     )
 
 
-def _take_back(file: Path, record: Record, *, dry_run: bool) -> edit.Change:
+def _take_back(name: str, record: Record, *, dry_run: bool) -> edit.Change:
     for _ in range(edit.TRIES):
-        change = edit.to_disconnect(file, record)
+        change = edit.to_disconnect(name, record)
         if dry_run or edit.commit(change, record):
             return change
-    raise edit.changed_too_often(file)
+    raise changed_too_often(file_of(name))
+
+
+def _agreed(found: Found) -> bool:
+    question = f"Take {found.variable} out of {found.path}, for good?"
+    return sys.stdin.isatty() and click.confirm(question, err=True)
 
 
 def _prove(plan: Plan, place: Place) -> str:
-    """Run the line with the daemon up, and once more after it was ended."""
+    """Run the line with the daemon up and with it down, which starts one."""
     assert plan.line is not None, "there is something to try"
     try:
         with progress("trying the helper"):
+            up = daemon_socket() is not None
             first = prove(plan.line, plan.environment, place.environment)
-            if daemon_socket() is not None:
+            if up:
                 end_daemon()
-                prove(plan.line, plan.environment, place.environment)
+            prove(plan.line, plan.environment, place.environment)
     except KeybrokerError as error:
         raise type(error)(
             f"connected, but {error.message}",
@@ -269,6 +281,8 @@ def _said(change: edit.Change) -> str:
         lines = [f"{'wrote' if change.is_one else 'as it was'}  {file}"]
         lines += [f"  {name}: replaced; disconnect puts it back" for name in change.replaced]
         return "\n".join(lines)
+    if change.target.data is None:
+        return f"gone  {file}: somebody removed it"
     if change.data is None:
         return f"removed  {file}, which was not there before"
     if change.exact:
@@ -282,7 +296,7 @@ def _described(change: edit.Change) -> dict[str, Any]:
     return {
         "file": str(change.target.file),
         "changed": change.is_one,
-        "removed": change.data is None,
+        "removed": change.is_one and change.data is None,
         "exact": change.exact,
         "kept": list(change.kept),
         "replaced": list(change.replaced),
@@ -294,20 +308,20 @@ def _diff(change: edit.Change) -> str:
     file = str(change.target.file)
     if not change.is_one:
         return f"{file}: nothing to change"
-    plain = [
-        text
-        for entry in (change.entry, change.old)
-        if entry is not None
-        for key in entry.keys
-        for text in edit.value_shown(key.value)
-    ]
-    whole = (change.entry or change.old) is not None and not plain
+    entry = change.entry or change.old
+    assert entry is not None, "it is to be recorded or is"
+    keys = [key for one in (change.entry, change.old) if one for key in one.keys]
+    plain = [text for key in keys for text in edit.value_shown(key.value)]
+    whole = change.data if change.entry else change.target.data  # ours, if any is
 
     def lines(data: bytes | None) -> list[str]:
         text = "" if data is None else data.decode("utf-8", "replace")
-        if not whole and text.strip("\ufeff \t\r\n"):
-            text = settings.shown(text, plain)
-        return [line.rstrip("\r\n") for line in text.splitlines()]
+        if entry.kind == "keys":
+            text = settings.shown(text, plain) if text.strip("\ufeff \t\r\n") else text
+            return [line.rstrip("\r\n") for line in text.splitlines()]
+        ours = {change.line} if entry.kind == "line" else {*text.splitlines()}
+        ours = ours if entry.kind == "line" or data == whole else set()
+        return [line if line in ours else "…" for line in text.splitlines()]
 
     before, after = lines(change.target.data), lines(change.data)
     found = difflib.unified_diff(before, after, file, file, lineterm="", n=2)

@@ -1,5 +1,6 @@
 """What is connected to a profile, and what of it is not what it should be any more."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,8 @@ class Connected:
     def command(self) -> str:
         """What is to be typed, and where, to mend it."""
         scope = "" if self.scope == "user" else f" --scope {self.scope}"
-        place = f"cd {self.file.parent.parent}; " if self.scope == "local" else ""
+        folder = shlex.quote(str(self.file.parent.parent))
+        place = f"cd {folder}; " if self.scope == "local" else ""
         return f"{place}keybroker connect {self.surface}{scope}"
 
 
@@ -53,7 +55,7 @@ def _looked_at(file: Path, entry: Entry, profile: Profile, place: Place) -> Conn
     try:
         plan: Plan = surface(entry.surface).plan(profile, place, entry.scope)
         piece = next((one for one in plan.pieces if one.file == file), None)
-        outdated = () if piece is None else _outdated(piece)
+        outdated = () if piece is None else _outdated(piece, entry)
     except KeybrokerError as error:
         return Connected(file, entry.surface, entry.scope, problem=error.message)
     except SettingsInvalid as error:
@@ -61,13 +63,13 @@ def _looked_at(file: Path, entry: Entry, profile: Profile, place: Place) -> Conn
     return Connected(file, entry.surface, entry.scope, outdated)
 
 
-def _outdated(piece: Piece) -> tuple[str, ...]:
+def _outdated(piece: Piece, entry: Entry) -> tuple[str, ...]:
     target = files.read(piece.file)
     if isinstance(piece, Keys):
-        document = Document(target.text or "{}")
-        return tuple(
-            edit.name_of(path)
-            for path, value in piece.values.items()
-            if document.get(path) != value
-        )
+        text = (target.text or "").strip("\ufeff \t\r\n")
+        document = Document(text or "{}")
+        wrong = [path for path, value in piece.values.items() if document.get(path) != value]
+        others = [key for key in entry.keys if key.path not in piece.values]
+        wrong += [key.path for key in others if document.get(key.path) == key.value]
+        return tuple(edit.name_of(path) for path in wrong)
     return () if isinstance(piece, Line) or target.data == piece.data else ("all of it",)

@@ -10,8 +10,8 @@ from typing import Any
 
 from keybroker import settings
 from keybroker.connect import files
-from keybroker.connect.plan import Keys, Line, Piece, Whole
 from keybroker.connect.files import changed_too_often
+from keybroker.connect.plan import Keys, Line, Piece, Whole
 from keybroker.connect.record import Entry, Key, Record, digest, file_of, now
 from keybroker.errors import ConfigError, KeybrokerError
 from keybroker.settings import MISSING, Document, Named, SettingsInvalid, Splice
@@ -70,14 +70,21 @@ def to_connect(
             hint=f"keybroker disconnect {old.surface}, or --force; or another --scope",
         )
     kind = {Keys: "keys", Line: "line", Whole: "whole"}[type(piece)]
+    follow = follow or (old is not None and old.follow)
     entry = Entry(kind, surface, profile, scope, now(), None, None, follow=follow)
     if isinstance(piece, Whole):
-        return _with_whole(piece, target, entry, old, force=force)
-    if isinstance(piece, Line):
-        return _with_line(piece, target, entry, old)
-    base, _, _ = _taken_back(target, old)
-    text = replace(target, data=base).text or ""
-    return _with_keys(piece, target, text, replace(entry, before=digest(base)), old, force=force)
+        change = _with_whole(piece, target, entry, old, force=force)
+    elif isinstance(piece, Line):
+        change = _with_line(piece, target, entry, old)
+    else:
+        base, _, _ = _taken_back(target, old)
+        text = replace(target, data=base).text or ""
+        entry = replace(entry, before=digest(base))
+        change = _with_keys(piece, target, text, entry, old, force=force)
+    assert change.entry is not None, "what is connected is recorded"
+    if old is not None and replace(change.entry, at=old.at, folders=old.folders) == old:
+        return replace(change, entry=old)
+    return change
 
 
 def to_disconnect(name: str, record: Record) -> Change:
@@ -167,7 +174,7 @@ def _remove_keys(document: Document, keys: Sequence[Key]) -> tuple[str, ...]:
             document.remove(key.path)
             for length in range(len(key.path) - 1, len(key.path) - key.made, -1):
                 part = key.path[length - 1]
-                empty = ({"name": part.name},) if isinstance(part, Named) else ({}, [])
+                empty: list[Any] = [{"name": part.name}] if isinstance(part, Named) else [{}, []]
                 if document.get(key.path[:length]) in empty:
                     document.remove(key.path[:length])
     return tuple(kept)
@@ -192,10 +199,10 @@ def _with_whole(
 def _with_line(piece: Line, target: files.Target, entry: Entry, old: Entry | None) -> Change:
     text = target.text or ""
     if piece.line in text.splitlines():
-        before, after, splices = digest(target.data), digest(target.data), ()
+        found = digest(target.data)
+        entry = replace(entry, before=found, after=found)
         if old is not None:
-            before, after, splices = old.before, old.after, old.splices
-        entry = replace(entry, before=before, after=after, splices=splices)
+            entry = replace(entry, before=old.before, after=old.after, splices=old.splices)
         return Change(target, target.data, entry, old, line=piece.line)
     inserted = f"{'' if not text or text.endswith(chr(10)) else chr(10)}{piece.line}\n"
     splice = Splice(len(text), "", inserted)

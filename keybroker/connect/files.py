@@ -201,7 +201,7 @@ def _make(target: Target, draft: Path) -> bool:
     return True
 
 
-def _swap(target: Target, draft: Path, data: bytes) -> bool:
+def _swap(target: Target, draft: Path, data: bytes | None) -> bool:
     """
     Put a draft in place of a file that is what was read.
 
@@ -269,7 +269,7 @@ def _look_like(old: Path, new: Path) -> None:
 def content(file: Path) -> bytes | None:
     """Return what is in a file, whoever has it; None when it is not there."""
     try:
-        return file.readcontent()
+        return file.read_bytes()
     except FileNotFoundError:
         return None
 

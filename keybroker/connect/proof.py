@@ -9,23 +9,18 @@ from keybroker.credential import Secret
 from keybroker.errors import KeybrokerError, NotReady
 
 SECONDS = 20.0
-PASSED_ON = ("HOME", "PATH", "USER", "LOGNAME", "LANG", "TMPDIR", "CLAUDE_CONFIG_DIR")
 
 
 def prove(line: str, settings: Mapping[str, str], environment: Mapping[str, str]) -> str:
     """
     Run a helper's line through `/bin/sh -c` with the settings' variables; return a fingerprint.
 
-    Its input never ends, as Claude Code's does not.
+    As with Claude Code it has the whole environment, and its input never ends. A daemon that it
+    starts stays, so it must have what sources take from there.
 
     Raises:
         NotReady: It printed no key; the message is what it said, one line.
     """
-    wanted = {
-        name: value
-        for name, value in environment.items()
-        if name in PASSED_ON or name.startswith(("XDG_", "DBUS_"))
-    }
     reading, writing = os.pipe()
     try:
         done = subprocess.run(
@@ -33,7 +28,7 @@ def prove(line: str, settings: Mapping[str, str], environment: Mapping[str, str]
             stdin=reading,
             capture_output=True,
             timeout=SECONDS,
-            env={**wanted, **settings},
+            env={**environment, **settings},
         )
     except subprocess.TimeoutExpired:
         raise NotReady(f"the helper did not answer within {SECONDS:.0f} s") from None

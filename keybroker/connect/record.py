@@ -124,7 +124,8 @@ class Record:
             if done:
                 self.files[name] = entry
             elif entry.folders:  # those were made, perhaps
-                old = self.files.get(name) or replace(entry, keys=(), splices=(), after=entry.before)
+                nothing = replace(entry, keys=(), splices=(), after=entry.before)
+                old = self.files.get(name, nothing)
                 self.files[name] = replace(old, folders=entry.folders)
         self.coming = {}
 
