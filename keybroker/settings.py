@@ -63,9 +63,14 @@ Path = tuple[Part, ...]
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A number as it is written: nothing of it is lost."""
+    """A number as it is written: nothing of it is lost. It equals that whole number."""
 
     text: str
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, int) and not isinstance(other, bool):
+            return self.text == str(other)
+        return isinstance(other, Number) and self.text == other.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +135,8 @@ class Document:
         Set one value, and make what holds it where that is not there.
 
         Args:
-            value: Text, booleans, and lists and dictionaries of them; for a Named, a dictionary,
-                which need not repeat the name.
+            value: Text, booleans, whole numbers, and lists and dictionaries of them; for a Named,
+                a dictionary, which need not repeat the name.
 
         Returns:
             How many parts of the path were made, the last one included.

@@ -110,6 +110,7 @@ TABLE: dict[str, set[str]] = {
     "connect.vertex": set(),
     "connect.foundry": set(),
     "connect.aws": set(),
+    "connect.vscode": set(),
     "connect.connected": set(),
     "cli.base": {"click"},
     "cli.work": set(),

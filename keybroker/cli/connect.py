@@ -37,8 +37,7 @@ SURFACE = click.Choice(list(SURFACES))
 @click.option(
     "--scope",
     type=click.Choice(["user", "local", "managed"]),
-    default="user",
-    help="For you, for you in this project, or for everybody on the machine.",
+    help="For you (the default), for you in this project, or for everybody on the machine.",
 )
 @click.option("--follow", is_flag=True, help="Let the daemon mend the TTL when it has to change.")
 @click.option("--force", is_flag=True, help="Replace what others set; disconnect puts it back.")
@@ -59,7 +58,7 @@ SURFACE = click.Choice(list(SURFACES))
 def connect_command(
     surfaces: Sequence[str],
     profile: str | None,
-    scope: str,
+    scope: str | None,
     follow: bool,
     force: bool,
     take_out_keys: bool,
@@ -79,6 +78,8 @@ def connect_command(
     changes: dict[str, Any] = {"output": output and output.absolute(), "installed_in": installed_in}
     if system is not None:
         changes["system"] = system
+    if scope is None:  # what is written for other machines is for everybody there
+        scope = "managed" if system or output or installed_in else "user"
     for name in surfaces or ("claude",):
         job = _Job(name, wanted, Place.here(**changes), scope, follow=follow, force=force)
         job.run(dry_run=dry_run, check=not no_check, as_json=as_json, take_out=take_out_keys)
@@ -108,7 +109,9 @@ class _Job:
 
     def run(self, *, dry_run: bool, check: bool, as_json: bool, take_out: bool) -> None:
         module = surface(self.surface)
-        self._look_around(quiet=as_json)
+        alone = getattr(module, "STANDS_ALONE", False)  # nothing of Claude Code's counts there
+        if not alone:
+            self._look_around(quiet=as_json)
         if self.scope not in module.SCOPES:
             raise ConfigError(
                 f"{self.surface}: has no scope {self.scope}",
@@ -120,7 +123,8 @@ class _Job:
                 print(f"note: {text}", file=sys.stderr)
         record = Record.read(paths.state_directory(os.environ) / FILE)
         done = [self._work_out(piece, record) for piece in plan.pieces]  # before any is written
-        self._clear(take_out=take_out, dry_run=dry_run)
+        if not alone:
+            self._clear(take_out=take_out, dry_run=dry_run)
         if not dry_run:
             done = [self._write(piece) for piece in plan.pieces]
         tried = None
@@ -138,7 +142,7 @@ class _Job:
             return
         if tried is not None:
             print(f"tried: the helper printed the key {tried}, with the daemon up and down")
-        if plan.line is not None:
+        if plan.line is not None and guidance.TTL_VARIABLE in plan.environment:
             print(f"{guidance.TTL_VARIABLE}: {guidance.ttl_reason(self.profile)}")
         if plan.after:
             print("\nnow:")
@@ -311,11 +315,13 @@ def _diff(change: edit.Change) -> str:
     entry = change.entry or change.old
     assert entry is not None, "it is to be recorded or is"
     keys = [key for one in (change.entry, change.old) if one for key in one.keys]
-    plain = [text for key in keys for text in edit.value_shown(key.value)]
+    plain = [
+        text for key in keys for text in (*edit.value_shown(key.value), *edit.names_in(key.path))
+    ]
     whole = change.data if change.entry else change.target.data  # ours, if any is
 
     def lines(data: bytes | None) -> list[str]:
-        text = "" if data is None else data.decode("utf-8", "replace")
+        text = "" if data is None else data.decode(_encoding(data), "replace")
         if entry.kind == "keys":
             text = settings.shown(text, plain) if text.strip("\ufeff \t\r\n") else text
             return [line.rstrip("\r\n") for line in text.splitlines()]
@@ -329,3 +335,8 @@ def _diff(change: edit.Change) -> str:
     return "\n".join(
         coloured(line, colours[line[0]]) if line[:1] in colours else line for line in found
     )
+
+
+def _encoding(data: bytes) -> str:
+    """Return what a file of text is written in: the registry's are in UTF-16."""
+    return "utf-16" if data.startswith(b"\xff\xfe") else "utf-8"

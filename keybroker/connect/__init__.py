@@ -10,6 +10,7 @@ SURFACES = {
     "vertex": "Claude Code, to a gateway in Google Vertex AI's format",
     "foundry": "Claude Code, to a gateway in place of Microsoft Foundry",
     "aws": "Claude Code, to a gateway in place of Claude Platform on AWS",
+    "vscode": "Claude Code in VS Code, Cursor and others of its kind",
 }
 
 

@@ -69,6 +69,10 @@ def to_connect(
             f"{piece.file}: is connected to the profile {old.profile}",
             hint=f"keybroker disconnect {old.surface}, or --force; or another --scope",
         )
+    if isinstance(piece, Keys) and piece.lent_by is not None and old is not None:
+        if old.surface not in (surface, piece.lent_by):
+            return Change(target, target.data, old, old)
+        surface = old.surface
     kind = {Keys: "keys", Line: "line", Whole: "whole"}[type(piece)]
     follow = follow or (old is not None and old.follow)
     entry = Entry(kind, surface, profile, scope, now(), None, None, follow=follow)
@@ -121,11 +125,25 @@ def commit(change: Change, record: Record) -> bool:
     if not files.replace(change.target, change.data, mode=change.mode):
         return False
     if entry is None and change.data is None:
-        for one in folders:  # those that are not empty stay, and so do those above them
-            with suppress(OSError):
-                Path(one).rmdir()
+        _remove_folders(change.name, folders, record)
     record.settle(change.name, entry)
     return True
+
+
+def _remove_folders(name: str, folders: Sequence[str], record: Record) -> None:
+    """Remove what was made for a file. With another one of ours in it, it goes with that one."""
+    for number, folder in enumerate(folders):
+        try:
+            Path(folder).rmdir()
+        except FileNotFoundError:
+            continue
+        except OSError:  # somebody has put something into it
+            for other, entry in record.files.items():
+                if other != name and file_of(other).is_relative_to(folder):
+                    left = (*entry.folders, *folders[number:])
+                    record.files[other] = replace(entry, folders=left)
+                    break
+            return
 
 
 def _taken_back(
@@ -279,7 +297,7 @@ def _check_strict(target: files.Target, text: str) -> None:
     except ValueError as error:
         line, column = getattr(error, "lineno", 1), getattr(error, "colno", 1)
         raise ConfigError(
-            f"{target.file}:{line}:{column}: a comment or a comma too many: Claude Code ignores "
+            f"{target.file}:{line}:{column}: a comment or a comma too many: what reads it ignores "
             "the whole file",
             hint="take it out, then connect again; nothing was changed",
         ) from None
@@ -298,6 +316,11 @@ def value_shown(value: Any) -> list[str]:
     if isinstance(value, list):
         return [text for one in value for text in value_shown(one)]
     return [value] if isinstance(value, str) else []
+
+
+def names_in(path: settings.Path) -> list[str]:
+    """Return the names that a path picks elements of lists by; ours too, and may be shown."""
+    return [part.name for part in path if isinstance(part, Named)]
 
 
 def follow(

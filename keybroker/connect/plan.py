@@ -65,6 +65,8 @@ class Keys:
         strict: Whoever reads the file takes no comments and no trailing commas.
         guarded: Keys whose present value must be ours, or is replaced by force only.
         mode: Of the file, where it has to be made.
+        lent_by: The surface whose file this is, of a plan that needs it connected too. It stays
+            that one's if it is; and if a third one set it, it is left as it is.
     """
 
     file: Path
@@ -72,6 +74,7 @@ class Keys:
     strict: bool = True
     guarded: tuple[settings.Path, ...] = ()
     mode: int = 0o600
+    lent_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

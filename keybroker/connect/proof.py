@@ -1,5 +1,6 @@
 """Try the very line that was written, as the client runs it."""
 
+import json
 import os
 import subprocess
 from collections.abc import Mapping
@@ -39,7 +40,8 @@ def prove(line: str, settings: Mapping[str, str], environment: Mapping[str, str]
     if done.returncode != 0:
         raise NotReady(f"the helper ended with status {done.returncode}: {said}")
     text = done.stdout.decode(errors="replace")
-    with suppress(KeybrokerError, ValueError):
+    with suppress(KeybrokerError, ValueError, TypeError, KeyError):
         if text.endswith("\n") and "\n" not in text[:-1]:
-            return Secret(text[:-1]).fingerprint
+            token = json.loads(text)["token"] if text.startswith("{") else text[:-1]
+            return Secret(token).fingerprint
     raise NotReady("the helper printed something that is no key")
