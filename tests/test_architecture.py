@@ -111,6 +111,7 @@ TABLE: dict[str, set[str]] = {
     "connect.foundry": set(),
     "connect.aws": set(),
     "connect.vscode": set(),
+    "connect.desktop": set(),
     "connect.connected": set(),
     "cli.base": {"click"},
     "cli.work": set(),

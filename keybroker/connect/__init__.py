@@ -11,6 +11,7 @@ SURFACES = {
     "foundry": "Claude Code, to a gateway in place of Microsoft Foundry",
     "aws": "Claude Code, to a gateway in place of Claude Platform on AWS",
     "vscode": "Claude Code in VS Code, Cursor and others of its kind",
+    "desktop": "Claude Desktop with inference at the gateway",
 }
 
 
