@@ -419,18 +419,23 @@ def is_loopback(url: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def load(files: Sequence[Path], environment: Mapping[str, str] = os.environ) -> Config:
+def load(
+    files: Sequence[Path],
+    environment: Mapping[str, str] = os.environ,
+    drafts: Mapping[Path, str] | None = None,
+) -> Config:
     """
     Read and check the files that exist, later ones over earlier ones.
 
     Args:
         files: Those that may be there.
         environment: Has what a [vault] table leaves out.
+        drafts: What some of them are about to be.
 
     Raises:
         ConfigError: The first thing that is wrong with them, by file, line and key.
     """
-    document = read(files)
+    document = read(files, drafts)
     return parse(document.tables, document.where, document.files, environment)
 
 

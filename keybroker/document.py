@@ -47,11 +47,15 @@ class Document:
     files: tuple[Path, ...]
 
 
-def read(files: Sequence[Path]) -> Document:
+def read(files: Sequence[Path], drafts: Mapping[Path, str] | None = None) -> Document:
     """
     Read the files that exist, later ones over earlier ones.
 
     Tables are merged key by key, a profile's `source` and `publish` as a whole.
+
+    Args:
+        files: Those that may be there.
+        drafts: What some of them are about to be.
 
     Raises:
         ConfigError: A file cannot be read, may be written by others, or is not TOML; the message
@@ -64,7 +68,7 @@ def read(files: Sequence[Path]) -> Document:
     places: dict[tuple[str, ...], str] = {}
     found = []
     for file in files:
-        text = _read(file)
+        text = _read(file) if drafts is None or file not in drafts else drafts[file]
         if text is None:
             continue
         found.append(file)

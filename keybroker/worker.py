@@ -401,6 +401,12 @@ class Operations:
         reference, new = perform("keep", lambda: entrust(name, secret, folder))
         return {"kind": reference.kind, "value": reference.value, "new": new}
 
+    def keyring(self) -> dict[str, Any]:
+        """Say why the OS keyring does not work; nothing where it does."""
+        from keybroker.sources.entrust import problem
+
+        return {"problem": problem()}
+
     def withdraw(self, kind: str, value: str) -> dict[str, Any]:
         """Take back what was entrusted and is not needed."""
         from keybroker.sources.entrust import withdraw

@@ -121,7 +121,11 @@ TABLE: dict[str, set[str]] = {
     "cli.status": {"click"},
     "cli.audit": {"click"},
     "cli.configuration": {"click"},
+    "cli.trial": set(),
     "cli.source": {"click"},
+    "cli.draft": set(),
+    "cli.questions": {"click"},
+    "cli.init": {"click"},
     "cli.demo": {"click", "httpx"},  # the demonstration's client is a program of its own
     "cli": set(),
 }

@@ -19,6 +19,7 @@ from keybroker.fields import read_duration
 from keybroker.kernel import close_to_debuggers
 
 COMMANDS = {
+    "init": ("init", "Set up a profile: find the gateway, write the configuration, get a key."),
     "get": ("keys", "Print the current key of a profile, for apiKeyHelper."),
     "rotate": ("keys", "Replace a key now; the old one is revoked after its hold."),
     "revoke": ("keys", "End every key of a profile at once."),

@@ -72,8 +72,8 @@ def show(profile: str | None, as_json: bool) -> None:
         print_json(document)
         return
     if config.default:
-        print(f"default = {_toml(config.default)}\n")
-    print(f"[cache]\nkey = {_toml(config.cache_key)}")
+        print(f"default = {toml(config.default)}\n")
+    print(f"[cache]\nkey = {toml(config.cache_key)}")
     if "vault" in document:
         _print_tables("vault", document["vault"])
     for name, values in document["profiles"].items():
@@ -114,23 +114,25 @@ def _print_tables(name: str, values: Mapping[str, Any]) -> None:
     print(f"\n[{name}]")
     for key, value in values.items():
         if key not in below:
-            print(f"{key} = {_toml(value)}")
+            print(f"{key} = {toml(value)}")
     for key, value in below.items():
         _print_tables(f"{name}.{key}", value)
 
 
-def _toml(value: Any) -> str:
+def toml(value: Any) -> str:
+    """Write a value as TOML has it, on one line."""
     import json
 
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items()) + " }"
+        return "{ " + ", ".join(f"{toml_key(k)} = {toml(v)}" for k, v in value.items()) + " }"
     if isinstance(value, list):
-        return "[" + ", ".join(_toml(v) for v in value) + "]"
+        return "[" + ", ".join(toml(v) for v in value) + "]"
     if isinstance(value, bool):
         return "true" if value else "false"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _key(name: str) -> str:
+def toml_key(name: str) -> str:
+    """Write a key, in quotes where it needs them."""
     bare = name.isascii() and name.replace("-", "").replace("_", "").isalnum()
-    return name if bare else _toml(name)
+    return name if bare else toml(name)

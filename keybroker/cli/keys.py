@@ -70,7 +70,7 @@ def get_command(profile: str | None, no_start: bool, unanswered: bool) -> None:
             raise NobodyAnswers("the daemon does not answer", hint="keybroker daemon --stop")
         socket = daemon_socket()
         if socket is not None or not no_start:
-            _ask_daemon(socket or _start_daemon(config), wanted)
+            _ask_daemon(socket or start_daemon(config), wanted)
             return
     except (NobodyAnswers, JournalError) as error:
         # Whatever became of the daemon: what was sealed and is alive is good for its reader.
@@ -86,7 +86,7 @@ def get_command(profile: str | None, no_start: bool, unanswered: bool) -> None:
     answer(config, wanted)
 
 
-def _start_daemon(config: Config) -> Path:
+def start_daemon(config: Config) -> Path:
     """
     Start a daemon in the background, unless another process is the owner; return where it listens.
 

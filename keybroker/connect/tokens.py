@@ -128,6 +128,23 @@ def take_out(found: Found) -> None:
     _replace(path, b"".join(lines))
 
 
+def again(found: Found) -> Found:
+    """
+    Look at a file once more, for one of several keys in it that was found before others went.
+
+    Raises:
+        ConfigError: The key is not there any more.
+    """
+    look = _in_settings if found.is_settings else _in_shell
+    for one in look(found.path):
+        if (one.variable, one.secret) == (found.variable, found.secret):
+            return one
+    raise ConfigError(
+        f"{found.path}: was changed meanwhile; {found.variable} is not where it was",
+        hint=f"see that {found.variable} is out of it",
+    )
+
+
 def _in_settings(path: Path) -> Iterator[Found]:
     data = _read(path)
     if data is None:
@@ -217,3 +234,15 @@ def _replace(path: Path, data: bytes) -> None:
         with suppress(OSError):
             draft.unlink()
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def base_url(environment: Mapping[str, str]) -> str:
+    """Return the ANTHROPIC_BASE_URL of the user's settings; empty where there is none."""
+    home = environment.get("HOME", "")
+    claude = environment.get("CLAUDE_CONFIG_DIR") or os.path.join(home, ".claude")
+    data = _read(Path(claude, "settings.json"))
+    with suppress(SettingsInvalid, UnicodeDecodeError):
+        env = Document((data or b"{}").decode()).value.get("env")
+        value = env.get("ANTHROPIC_BASE_URL") if isinstance(env, dict) else None
+        return value if isinstance(value, str) else ""
+    return ""

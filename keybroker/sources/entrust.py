@@ -7,7 +7,6 @@ from pathlib import Path
 from keybroker import oskeyring
 from keybroker.credential import Reference, Secret
 from keybroker.errors import CacheLocked, ConfigError
-from keybroker.paths import private_directory
 
 MOST_NAMES = 10  # that are tried: nothing that is there already is written over
 
@@ -26,10 +25,13 @@ def entrust(name: str, secret: Secret, folder: str | None) -> tuple[Reference, b
         CacheLocked: The keyring does not work, or all names are taken.
         ConfigError: The file cannot be written.
     """
+    if folder is not None:
+        with suppress(OSError):  # as the attempt to write there says
+            Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
     for number in range(1, MOST_NAMES):
         free = name if number == 1 else f"{name}-{number}"
         if folder is not None:
-            if _create(private_directory(Path(folder)) / free, secret):
+            if _create(Path(folder) / free, secret):
                 return Reference("file", str(Path(folder) / free)), True
             continue
         found = oskeyring.read(free)
@@ -41,6 +43,15 @@ def entrust(name: str, secret: Secret, folder: str | None) -> tuple[Reference, b
     if folder is not None:
         raise ConfigError(f"{folder}/{name}: it and all names like it are taken")
     raise CacheLocked(f"keyring: {name} and all names like it are taken")
+
+
+def problem() -> str | None:
+    """Say why the OS keyring does not work; None where it does. Nothing is written."""
+    try:
+        oskeyring.read("init")
+    except CacheLocked as error:
+        return error.message
+    return None
 
 
 def withdraw(reference: Reference) -> None:
