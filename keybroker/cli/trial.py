@@ -61,6 +61,7 @@ class Report:
         self._quiet = quiet
 
     def step(self, name: str, act: Callable[[], tuple[T, str]]) -> T:
+        """Do one step, which returns what it found and what to say of it."""
         started = time.monotonic()
         try:
             with progress(name):
