@@ -160,15 +160,33 @@ def test_a_key_goes_out_of_settings_and_nothing_else(user: Path) -> None:
     assert path.read_bytes().decode() == text.replace(line, "")
 
 
-def test_a_file_that_changed_meanwhile_is_left(user: Path) -> None:
-    """Somebody edits it; the message names the line, and no value."""
+def test_what_changed_meanwhile_stays_changed(user: Path) -> None:
+    """Somebody edits the file: the key is looked for anew, and their edit is kept."""
     path = put(user, ".bashrc", f"export ANTHROPIC_AUTH_TOKEN={TOKEN}\n")
     (one,) = found(user)
-    put(user, ".bashrc", f"A=1\nexport ANTHROPIC_AUTH_TOKEN={TOKEN}\n")
+    put(user, ".bashrc", f"A=1\nexport ANTHROPIC_AUTH_TOKEN={TOKEN}\nB=2\n")
+    take_out(one)
+    assert path.read_text() == "A=1\nB=2\n"
+
+
+def test_another_key_in_its_place_is_left(user: Path) -> None:
+    """It is not the one that was meant; the message names the file, and no value."""
+    path = put(user, ".bashrc", f"export ANTHROPIC_AUTH_TOKEN={TOKEN}\n")
+    (one,) = found(user)
+    put(user, ".bashrc", f"export ANTHROPIC_AUTH_TOKEN={TOKEN}x\n")
     with pytest.raises(ConfigError, match="was changed meanwhile") as caught:
         take_out(one)
     assert TOKEN not in f"{caught.value} {caught.value.hint}"
     assert TOKEN in path.read_text()
+
+
+def test_several_keys_go_out_of_one_file(user: Path) -> None:
+    """Those that were found before the first of them went."""
+    line = f"export ANTHROPIC_AUTH_TOKEN={TOKEN}\n"
+    path = put(user, ".bashrc", f"{line}A=1\n{line}export ANTHROPIC_API_KEY={TOKEN}\n")
+    for one in found(user):
+        take_out(one)
+    assert path.read_text() == "A=1\n"
 
 
 def test_mode_and_links_stay(user: Path) -> None:

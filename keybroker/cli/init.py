@@ -390,11 +390,11 @@ class _Session:
             )
         moved: list[str] = []
         self.facts["moved"] = moved
-        for one in reversed(found):  # from the last line of a file to its first
+        for one in found:
             if one.secret != adopted.secret:
                 continue
             try:
-                tokens.take_out(tokens.again(one))
+                tokens.take_out(one)
             except ConfigError as error:
                 self._say("note", f"{error.message}; {error.hint}")
                 continue

@@ -52,7 +52,7 @@ class Found:
     Attributes:
         secret: The key; None where the line has something that a shell works out.
         alone: Taking it out touches nothing else.
-        digest: Of the whole file when it was read: another one is not touched.
+        digest: Of the whole file when it was read.
     """
 
     path: Path
@@ -103,43 +103,45 @@ def take_out(found: Found) -> None:
     """
     Take a key out of its file; every other byte stays, and so do mode and links.
 
+    What was changed meanwhile stays changed: the key is looked for anew.
+
     Raises:
-        ConfigError: The file is another one by now, or the line does more than that.
+        ConfigError: It is not there any more, or the line does more than that.
     """
-    path = Path(os.path.realpath(found.path))
+    now = _again(found)
+    path = Path(os.path.realpath(now.path))
     data = _read(path)
-    if data is None or sha256(data) != found.digest:
+    if data is None or sha256(data) != now.digest:
+        raise _changed(found)
+    if not now.alone:
         raise ConfigError(
-            f"{found.path}: was changed meanwhile; the key is still in it",
-            hint=f"take {found.variable} out of line {found.line} yourself",
+            f"{now.place}: does more than to set {now.variable}; it is left as it is",
+            hint=f"take {now.variable} out of it yourself",
         )
-    if not found.alone:
-        raise ConfigError(
-            f"{found.place}: does more than to set {found.variable}; it is left as it is",
-            hint=f"take {found.variable} out of it yourself",
-        )
-    if found.is_settings:
+    if now.is_settings:
         document = Document(data.decode())
-        document.remove(("env", found.variable))
+        document.remove(("env", now.variable))
         _replace(path, document.text.encode())
         return
     lines = data.splitlines(keepends=True)
-    del lines[found.line - 1]
+    del lines[now.line - 1]
     _replace(path, b"".join(lines))
 
 
-def again(found: Found) -> Found:
-    """
-    Look at a file once more, for one of several keys in it that was found before others went.
-
-    Raises:
-        ConfigError: The key is not there any more.
-    """
+def _again(found: Found) -> Found:
     look = _in_settings if found.is_settings else _in_shell
-    for one in look(found.path):
-        if (one.variable, one.secret) == (found.variable, found.secret):
-            return one
-    raise ConfigError(
+    same = [
+        one
+        for one in look(found.path)
+        if (one.variable, one.secret) == (found.variable, found.secret)
+    ]
+    if not same:
+        raise _changed(found)
+    return min(same, key=lambda one: abs(one.line - found.line))
+
+
+def _changed(found: Found) -> ConfigError:
+    return ConfigError(
         f"{found.path}: was changed meanwhile; {found.variable} is not where it was",
         hint=f"see that {found.variable} is out of it",
     )
