@@ -32,9 +32,11 @@ from tests.servers.vault import OpenBao
 from tests.test_recognise import OLLAMA, Site
 
 COMMAND = [sys.executable, "-c", "from keybroker.cli import main; main()"]
-# `getpass` wants a terminal of its own, which a session's leader takes.
+# `getpass` wants a terminal of its own, which a session's leader takes; and whoever started the
+# tests may have Ctrl-C ignored.
 ON_A_TERMINAL = (
-    "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "import fcntl, signal, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "signal.signal(signal.SIGINT, signal.default_int_handler); "
     "from keybroker.cli import main; main()"
 )
 SECONDS = 30
