@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import secrets
 import select
 import stat
 import subprocess
@@ -25,6 +26,7 @@ from keybroker.devgateway import DevGateway
 from keybroker.errors import ConfigError
 from tests.conftest import Home
 from tests.resident import Resident
+from tests.servers.aws import REGION, Aws, allow
 from tests.servers.faults import refused_url
 from tests.servers.keyring import Keyring
 from tests.servers.litellm import LiteLLM
@@ -328,6 +330,33 @@ def test_a_key_in_vault(user: User, gateway: DevGateway, openbao: OpenBao) -> No
     assert f"key       {fingerprint(key)}, verified by models" in stdout
 
 
+@pytest.mark.servers
+def test_a_key_at_aws(user: User, gateway: DevGateway, aws: Aws) -> None:
+    """Who asks is found as AWS's own programs do; the region can be said."""
+    key = minted(gateway)
+    name = f"llm/{secrets.token_hex(4)}"
+    aws.put(name, json.dumps({"key": key}))
+    keys = aws.user(f"init-{secrets.token_hex(4)}", allow("secretsmanager:*"))
+    user.secrets += [key, keys.secret_key]
+    user.environment |= {"AWS_ENDPOINT_URL": aws.url, "AWS_EC2_METADATA_DISABLED": "true"}
+    text = f"aws_access_key_id = {keys.access_key}\naws_secret_access_key = {keys.secret_key}\n"
+    user.write(".aws/credentials", f"[eng]\n{text}")
+    status, stdout, stderr = user.init(
+        *("--base-url", gateway.url, "--source", "aws", "--secret", name, "--field", "/key"),
+        *("--region", REGION, "--aws-profile", "eng"),
+    )
+    assert (status, stderr) == (0, "")
+    source = user.config()["profiles"]["work"]["source"]
+    assert source == {
+        "type": "aws",
+        "secret": name,
+        "field": "/key",
+        "region": REGION,
+        "profile": "eng",
+    }
+    assert f"key       {fingerprint(key)}, verified by models" in stdout
+
+
 def test_a_dry_run_prints_and_changes_nothing(user: User, gateway: DevGateway, admin: str) -> None:
     """What is on stdout is what would be added; no key is made."""
     status, stdout, _ = user.init(
@@ -621,12 +650,12 @@ def test_questions_lead_to_a_working_profile(
     with Terminal(user, "init", "--profile", "asked") as terminal:
         terminal.answer("Address of the gateway", litellm.url.removeprefix("http://"))
         terminal.answer("Address of the gateway", f"{litellm.url}/v1")
-        terminal.answer("Where do keys come from?", "")
+        terminal.answer("Source [litellm]", "")
         terminal.answer("Admin key of the gateway (not shown", litellm.master_key)
         terminal.answer("Connect Claude Code to it", "n")
         assert terminal.end() == 0
     assert "has no http:// before it" in terminal.said
-    assert "(litellm, static, command, vault, aws) [litellm]" in terminal.said
+    assert "Source [litellm]: " in terminal.said
     assert re.search(r"key       [0-9a-f]{8}, verified by models", terminal.said)
     assert user.config()["profiles"]["asked"]["source"]["admin"] == {"keyring": "asked-admin"}
 

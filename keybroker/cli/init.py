@@ -36,7 +36,13 @@ from keybroker.pool import Pool
 
 SECONDS = 20.0
 RELOAD_SECONDS = 5.0
-KINDS = ("litellm", "static", "command", "vault", "aws")
+KINDS = {
+    "litellm": "keybroker mints short-lived ones with an admin key",
+    "static": "you have one, or the gateway checks none",
+    "command": "a program prints them",
+    "vault": "they are kept in Vault or OpenBao, or made by it",
+    "aws": "they are kept in AWS Secrets Manager",
+}
 SOURCES_OF = {"litellm": "litellm"}  # by the gateway's kind; else a key that somebody has
 FLAGS = {  # of each source, beside those that all have
     "litellm": ("admin",),
@@ -55,7 +61,7 @@ ERRORS: dict[int, type[KeybrokerError]] = {
 
 @click.command("init")
 @click.option("--base-url", metavar="URL", help="The gateway's address, as its documents have it.")
-@click.option("--source", "kind", type=click.Choice(KINDS), help="Where keys come from.")
+@click.option("--source", "kind", type=click.Choice(list(KINDS)), help="Where keys come from.")
 @click.option("--profile", "name", default="work", show_default=True, help="The profile's name.")
 @click.option("--admin", metavar="REF", help="litellm: where its admin key is; -: on stdin.")
 @click.option("--key", metavar="REF", help="static: where the key is; -: on stdin.")
@@ -198,7 +204,8 @@ class _Session:
             given, "--base-url", "Address of the gateway", tokens.base_url(os.environ) or None
         )
         exact = self.flags["exact"]
-        meant = read_pasted(text, allow_http=self.flags["allow_http"], exact=exact)
+        flag = "type" if given is None else "--base-url"
+        meant = read_pasted(text, allow_http=self.flags["allow_http"], exact=exact, flag=flag)
         if self.flags["no_check"]:
             return _guess(meant)
         with progress(f"asking {urlsplit(meant.root).netloc}"), _pool() as pool:
@@ -276,12 +283,12 @@ class _Session:
         likely = SOURCES_OF.get(gateway["kind"], "static")
         if adopted is not None:
             return "static"
-        question = (
-            "Where do keys come from? litellm: keybroker mints them; static: one that you have;\n"
-            "command: a program; vault, aws: somebody keeps them there"
-        )
         given = self.flags["kind"]
-        kind = asker.choice(given, "--source", question, KINDS, likely if asker.can else None)
+        if given is None and asker.can:
+            click.echo("Where do keys come from?", err=True)
+            for word, what in KINDS.items():
+                click.echo(f"  {word:<8} {what}", err=True)
+        kind = asker.choice(given, "--source", "Source", list(KINDS), likely if asker.can else None)
         assert kind in SOURCES
         mine = FLAGS[kind]
         every = {name for names in FLAGS.values() for name in names}
@@ -300,7 +307,7 @@ class _Session:
         if not problem or not is_open or not keeps:
             return problem
         said = problem.removeprefix("keyring: ")
-        question = f"There is no keyring ({said}). May a file that only you can read seal keys?"
+        question = f"No keyring works ({said}). May a file that only you can read seal keys?"
         if not asker.agrees(question, otherwise=True):
             raise ConfigError(
                 "init: nothing here could keep a key",

@@ -16,6 +16,7 @@ from keybroker.vault import AUTH
 
 T = TypeVar("T")
 MOST_TRIES = 5  # of one question
+MOST_SHOWN = 5  # choices that were listed before the question
 PLACES = "keyring:NAME, file:PATH, env:NAME, command:PROGRAM"
 LONGEST_LINE = 1 << 16
 _VAULT_ADDRESSES = ("BAO_ADDR", "VAULT_ADDR")
@@ -64,7 +65,11 @@ class Asker:
         if not self.can:
             return self.text(None, flag, question, default)
         answer: str = click.prompt(
-            question, type=click.Choice(list(words)), default=default, err=True
+            question,
+            type=click.Choice(list(words)),
+            default=default,
+            show_choices=len(words) > MOST_SHOWN,
+            err=True,
         )
         return answer
 
