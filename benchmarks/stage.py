@@ -16,7 +16,7 @@ from pathlib import Path
 import keybroker
 from benchmarks.measure import UnmeasurableError
 from keybroker import paths, starting
-from keybroker.cli.status import helper_command
+from keybroker.connect.line import helper_command
 from keybroker.devgateway import DevGateway
 from tests.servers.processes import Child
 

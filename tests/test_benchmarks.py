@@ -16,8 +16,8 @@ from benchmarks import beside, measure
 from benchmarks.measure import BEGIN, END, Figure, UnmeasurableError
 from benchmarks.programs import ask_often, compile_parts, output, seconds, seconds_at_once
 from benchmarks.stage import ask, floor, furnish, has_key, listens, resident, unshared, wake_ups
-from keybroker.cli.status import helper_command
 from keybroker.config import load
+from keybroker.connect.line import helper_command
 
 KEY = "sk-right"
 ENVIRONMENT = {"PATH": "/usr/bin:/bin"}

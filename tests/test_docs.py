@@ -19,8 +19,8 @@ import pytest
 
 from keybroker import aws, client, daemon, guidance, paths, push, server, sessions, starting, wire
 from keybroker.cli.base import COMMANDS, keybroker
-from keybroker.cli.status import NATIVE, helper_line
 from keybroker.config import CACHE, CLAUDE, GENERAL, PROFILE, PUBLISH, SOURCES, parse
+from keybroker.connect.line import NATIVE, helper_line
 from keybroker.devgateway import DevGateway
 from keybroker.document import Where
 from keybroker.errors import CLASSES
@@ -245,13 +245,14 @@ def test_every_option_is_mentioned(command: str, option: str) -> None:
 # settings.json
 
 
-def test_the_readme_shows_the_line_that_status_prints(
+def test_the_readme_shows_the_line_that_connect_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Word for word but for the places, which are another machine's; of either helper."""
     monkeypatch.setattr(sysconfig, "get_path", {"scripts": str(tmp_path)}.get)
     [settings] = [json.loads(text) for text in blocks(README.read_text(), "json")]
-    shown, reference = settings["apiKeyHelper"], helper_line("work")
+    environment = {"XDG_RUNTIME_DIR": "/run/user/1000"}
+    shown, reference = settings["apiKeyHelper"], helper_line("work", environment)
     place = re.compile(r"'[^']*(/bin)/[^']*'|'[^']*(/keybroker/helper\.py)'")
     [said] = re.findall(r"`(exec '…[^`]*)`", README.read_text())
     assert place.sub(r"\1\2", reference) == place.sub(r"\1\2", said)
@@ -259,12 +260,11 @@ def test_the_readme_shows_the_line_that_status_prints(
     (tmp_path / "bin").mkdir()
     monkeypatch.setattr(sysconfig, "get_path", {"scripts": str(tmp_path / "bin")}.get)
     (tmp_path / "bin" / NATIVE).touch(0o700)
-    printed = helper_line("work")
-    words = re.compile(r"exec '/[^']*/bin/keybroker-key' - 'work' '/[^']*/bin/python3?'")
+    printed = helper_line("work", environment)
+    socket = re.escape("/run/user/1000/keybroker/s")
+    words = re.compile(rf"exec '/[^']*/bin/keybroker-key' '{socket}' 'work' '/[^']*/bin/python3?'")
     assert words.fullmatch(shown)
     assert words.fullmatch(printed)
-    status = next(text for text in blocks(README.read_text(), "") if "to paste" in text)
-    assert json.dumps(shown) in status
 
 
 # The daemon

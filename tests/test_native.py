@@ -175,10 +175,13 @@ def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_status_names_it_where_it_is_installed(scripts: Path) -> None:
     """Beside the command and executable; with the interpreter for the slow path."""
     (scripts / NAME).touch(0o700)
-    expected = [str(scripts / NAME), "-", "work", sys.executable]
-    assert helper_command("-", "work") == expected
-    assert shlex.split(helper_line("work")) == ["exec", *expected]
-    assert helper_line("work").endswith(f" - 'work' '{sys.executable}'")
+    environment = {"XDG_RUNTIME_DIR": "/run/user/7"}
+    socket = "/run/user/7/keybroker/s"
+    expected = [str(scripts / NAME), socket, "work", sys.executable]
+    assert helper_command(socket, "work") == expected
+    line = helper_line("work", environment)
+    assert shlex.split(line) == ["exec", *expected]
+    assert line.endswith(f" '{socket}' 'work' '{sys.executable}'")
 
 
 @pytest.mark.parametrize("there", ["nothing", "a folder", "no program"])
@@ -190,7 +193,9 @@ def test_status_names_the_one_in_python_elsewhere(scripts: Path, there: str) -> 
         (scripts / NAME).touch(0o600)
     place = str(Path(asking.__file__).with_name("helper.py"))
     assert helper_command("-", "work") == [sys.executable, "-IS", place, "-", "work"]
-    assert helper_line("work") == f"exec '{sys.executable}' -IS '{place}' - 'work'"
+    line = helper_line("work", {"XDG_RUNTIME_DIR": "/run/user/7"})
+    socket = "/run/user/7/keybroker/s"
+    assert line == f"exec '{sys.executable}' -IS '{place}' '{socket}' 'work'"
 
 
 # whose answer counts
