@@ -73,13 +73,15 @@ def read(file: Path) -> Target:
 def _read(file: Path) -> tuple[Target, os.stat_result | None]:
     try:
         real = file.resolve(strict=False)
-        descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        opened = open(real, "rb", opener=_without_waiting)  # noqa: SIM115  # closed below
     except FileNotFoundError:
         return Target(file, real, None), None
+    except IsADirectoryError:
+        raise ConfigError(f"{file}: is not a file") from None
     except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
         raise _cannot(file, "read", error) from None
-    with open(descriptor, "rb") as opened:
-        found = os.fstat(descriptor)
+    with opened:
+        found = os.fstat(opened.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise ConfigError(f"{file}: is not a file")
         if found.st_uid != os.geteuid():
@@ -88,7 +90,7 @@ def _read(file: Path) -> tuple[Target, os.stat_result | None]:
             raise ConfigError(
                 f"{file}: is read-only; nothing was changed", hint=f"type: chmod u+w {file}"
             )
-        if found.st_nlink > 1:
+        if found.st_nlink > 1 + _same(_draft(real), found):
             raise ConfigError(
                 f"{file}: has a second name (a hard link), which would keep the old text",
                 hint=f"make it a copy or a symbolic link; see: ls -li {file}",
@@ -102,6 +104,10 @@ def _read(file: Path) -> tuple[Target, os.stat_result | None]:
     if not os.access(real.parent, os.W_OK):
         raise ConfigError(f"{real.parent}: may not be written by this user; nothing was changed")
     return Target(file, real, data), found
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def check_folder(target: Target) -> None:
@@ -138,8 +144,7 @@ def replace(target: Target, data: bytes | None, *, mode: int = 0o600) -> bool:
     Raises:
         ConfigError: The disk will not have it.
     """
-    # hidden, and with an ending of its own: nobody takes it for a file of settings
-    draft = target.real.with_name(f".{target.real.name}.keybroker")
+    draft = _draft(target.real)
     try:
         with suppress(FileNotFoundError, NotADirectoryError):
             draft.unlink()  # of somebody who was ended in the middle of this
@@ -167,6 +172,23 @@ def replace(target: Target, data: bytes | None, *, mode: int = 0o600) -> bool:
     finally:
         with suppress(OSError):
             draft.unlink()
+
+
+def tidy(file: Path) -> None:
+    """Remove the draft that somebody has left who was ended in the middle."""
+    with suppress(OSError, RuntimeError):
+        _draft(file.resolve()).unlink()
+
+
+def _draft(real: Path) -> Path:
+    """Hidden, and with an ending of its own: nobody takes it for a file of settings."""
+    return real.with_name(f".{real.name}.keybroker")
+
+
+def _same(file: Path, found: os.stat_result) -> bool:
+    with suppress(OSError):
+        return os.path.samestat(file.lstat(), found)
+    return False
 
 
 def missing(folder: Path) -> list[Path]:

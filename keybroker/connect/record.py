@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from keybroker.connect.files import content
+from keybroker.connect.files import content, tidy
 from keybroker.credential import sha256
 from keybroker.errors import CacheError
 from keybroker.paths import Disk, private_directory
@@ -90,7 +90,13 @@ class Record:
         """
         path = private_directory(state) / FILE
         with Disk().lock(path):
-            yield cls.read(path)
+            record = cls.read(path)
+            if record.coming:
+                for name in record.coming:
+                    tidy(file_of(name))
+                record.coming = {}
+                record.save()
+            yield record
 
     @classmethod
     def read(cls, path: Path) -> "Record":
@@ -116,7 +122,7 @@ class Record:
         return record
 
     def _look_what_came(self) -> None:
-        """Take for done what was about to be done, if it was: an end may have come early."""
+        """Take for done what was about to be done, if it was: somebody may have been ended."""
         for name, entry in self.coming.items():
             done = False
             with suppress(OSError):
@@ -127,7 +133,6 @@ class Record:
                 nothing = replace(entry, keys=(), splices=(), after=entry.before)
                 old = self.files.get(name, nothing)
                 self.files[name] = replace(old, folders=entry.folders)
-        self.coming = {}
 
     def announce(self, name: str, entry: Entry) -> None:
         """Write down what is about to be done."""
