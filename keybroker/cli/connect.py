@@ -85,9 +85,9 @@ def connect_command(
         job.run(dry_run=dry_run, check=not no_check, as_json=as_json, take_out=take_out_keys)
 
 
-def connect_profile(name: str) -> None:
+def connect_profile(name: str, *, force: bool = False) -> None:
     """Connect Claude Code to a profile, for its user."""
-    job = _Job("claude", configuration().profile(name), Place.here(), "user")
+    job = _Job("claude", configuration().profile(name), Place.here(), "user", force=force)
     job.run(dry_run=False, check=True, as_json=False, take_out=False)
 
 

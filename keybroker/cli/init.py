@@ -421,7 +421,7 @@ class _Session:
         try:
             # what it says is for people: not for who reads our JSON
             with redirect_stdout(sys.stderr if self.flags["as_json"] else sys.stdout):
-                connect_profile(name)
+                connect_profile(name, force=self.flags["force"])
         except KeybrokerError as error:
             raise type(error)(
                 f"init: the profile is written and works; {error.message}",
