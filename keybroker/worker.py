@@ -394,6 +394,18 @@ class Operations:
 
         return recognise(candidates, root, ca, asked=asked)
 
+    def try_form(
+        self, profile: Profile, secret: Secret, form: str, model: str, timeout: timedelta
+    ) -> dict[str, Any]:
+        """Send the gateway one request as Claude Code sends it; nothing is repeated of its body."""
+        answer: dict[str, Any] = self._messages(profile, timeout).ask(form, secret, model)
+        return answer
+
+    def trusts(self, profile: Profile, extra: str | None, timeout: timedelta) -> dict[str, Any]:
+        """Say whether Node trusts a gateway's certificate, too."""
+        answer: dict[str, Any] = self._messages(profile, timeout).trusts(extra)
+        return answer
+
     def entrust(self, name: str, secret: Secret, folder: str | None) -> dict[str, Any]:
         """Put a secret where a reference finds it: into the OS keyring, or a file of its own."""
         from keybroker.sources.entrust import entrust
@@ -479,6 +491,12 @@ class Operations:
     def _store(self, profile: Profile) -> sources.Store:
         key = json.dumps(["publish", profile.name, profile.raw], sort_keys=True)
         return self._open(key, lambda: self.store(profile, self.environment, self.held))
+
+    def _messages(self, profile: Profile, timeout: timedelta) -> Any:
+        from keybroker.sources.messages import Messages
+
+        key = json.dumps(["messages", profile.name, profile.raw, str(timeout)], sort_keys=True)
+        return self._open(key, lambda: Messages(profile, timeout.total_seconds()))
 
     def _revoker(self, issuer: Issuer, timeout: timedelta) -> sources.Source:
         seconds = timeout.total_seconds()

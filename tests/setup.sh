@@ -19,6 +19,10 @@ missing_packages() {
     have ldapwhoami || echo ldap-utils
     { echo '#include <stdio.h>' | cc -E -; } >/dev/null 2>&1 || echo gcc libc6-dev
     have musl-gcc || echo musl-tools
+    have curl || echo curl
+    { [ -x /usr/sbin/nginx ] && [ -e /usr/lib/nginx/modules/ngx_http_modsecurity_module.so ]; } ||
+        echo nginx libnginx-mod-http-modsecurity
+    [ -d /usr/share/modsecurity-crs/rules ] || echo modsecurity-crs
 }
 
 missing=$(missing_packages | tr '\n' ' ')
@@ -36,8 +40,8 @@ if [ -n "$missing" ]; then
     fi
     log=$(mktemp)
     trap 'rm -f "$log"' EXIT
-    # Whether the programs are there is what counts: the status is also that of a server the
-    # postgresql package tries to start, and which the tests do not use.
+    # Whether the programs are there is what counts: the status is also that of servers that the
+    # packages of postgresql and nginx try to start, and which the tests do not use.
     {
         $root apt-get update
         # a server of the system's own is not wanted

@@ -28,6 +28,7 @@ COMMANDS = {
     "daemon": ("daemon", "Run the daemon, which has keys ready and replaces them in time."),
     "reload": ("daemon", "Have the daemon read its configuration again."),
     "status": ("status", "Show every profile's key, what comes next, and what to paste."),
+    "verify": ("verify", "Try a profile's key at its gateway, as Claude Code uses it."),
     "connect": ("connect", "Set up Claude Code to use a profile's keys."),
     "disconnect": ("connect", "Take back what connect wrote."),
     "audit": ("audit", "Show who was given which key, and what became of it."),

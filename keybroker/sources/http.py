@@ -4,10 +4,11 @@ Proxy variables, SSL_CERT_FILE and the system's certificate store are honoured, 
 """
 
 import json
+import os
 import socket
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -53,6 +54,14 @@ TLS = {
     "RECORD_LAYER_FAILURE": "speaks no TLS; its address may begin with http://",
 }
 NO_NAME = "cannot be found by its name"
+UNTRUSTED = "has a certificate that is not trusted here"
+# Where systems keep the authorities that they trust, as one PEM file.
+BUNDLES = (
+    "/etc/ssl/certs/ca-certificates.crt",  # Debian, Arch
+    "/etc/pki/tls/certs/ca-bundle.crt",  # Fedora
+    "/etc/ssl/ca-bundle.pem",  # SUSE
+    "/etc/ssl/cert.pem",  # Alpine, BSD; on macOS without what was added to a keychain
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +72,7 @@ class Reply:
     headers: Mapping[str, str] = field(repr=False)
     value: Any = field(repr=False)  # may hold a key
     asked_at: datetime  # our clock, before the call
+    data: bytes = field(default=b"", repr=False)
 
     @property
     def skew(self) -> timedelta:
@@ -99,6 +109,8 @@ class Http:
     Attributes:
         host: What messages call the other side.
         until: No call goes on beyond it, by `time.monotonic()`; None: each has its own time.
+        only: PEM files of authorities that are trusted beside Mozilla's, as Node does it, and not
+            beside the system's; None: as usual.
     """
 
     def __init__(
@@ -125,6 +137,7 @@ class Http:
         """
         self.speaker = speaker
         self.until: float | None = None
+        self.only: Sequence[str] | None = None
         self.seconds = seconds
         self._socket = url.removeprefix("unix:") if url.startswith("unix:") else None
         self.url = "http://localhost" if self._socket else url
@@ -181,7 +194,7 @@ class Http:
             value = json.loads(data)
         except (ValueError, RecursionError):
             value = None
-        return Reply(response.status_code, response.headers, value, asked_at)
+        return Reply(response.status_code, response.headers, value, asked_at, data)
 
     def close(self) -> None:
         if self._client is not None:
@@ -218,13 +231,25 @@ class Http:
                 ) from None
         return self._client
 
+    @staticmethod
+    def system_bundles() -> list[str]:
+        """Return the PEM files that may hold what the system trusts."""
+        named = (os.environ.get(ssl.get_default_verify_paths().openssl_cafile_env, ""), *BUNDLES)
+        return [one for one in dict.fromkeys(named) if one and os.path.isfile(one)]
+
     def _context(self) -> ssl.SSLContext:
-        context = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        if self._ca is not None:
+        context: ssl.SSLContext
+        if self.only is None:
+            context = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            given = [] if self._ca is None else [self._ca]
+        else:
+            context = httpx.create_ssl_context(trust_env=False)
+            given = list(self.only)
+        for file in given:
             try:
-                context.load_verify_locations(cafile=self._ca)
+                context.load_verify_locations(cafile=file)
             except (OSError, ssl.SSLError):
-                raise ConfigError(f"ca: {self._ca}: is not a readable PEM file") from None
+                raise ConfigError(f"ca: {file}: is not a readable PEM file") from None
         if self._certificate is not None:
             certificate, key = self._certificate
             try:  # with a password, so that nobody is asked for one on a terminal
@@ -256,7 +281,7 @@ class Http:
         cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, ssl.SSLCertVerificationError):
-                words = "has a certificate that is not trusted here"
+                words = UNTRUSTED
                 hint = 'name its authority: ca = "/path/to/authority.pem"'
             elif isinstance(cause, ssl.SSLError):
                 words = next((w for r, w in TLS.items() if r in str(cause.reason)), words)

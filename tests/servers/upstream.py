@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from threading import Lock
 from typing import Any
@@ -19,11 +20,21 @@ from tests.servers.web import Handler, LoopbackServer
 MODEL = "claude-sonnet-4-5"
 
 
-class Upstream(LoopbackServer):
-    """The server; remembers which credentials and models it was asked with."""
+Refusal = Callable[[Mapping[str, str], Mapping[str, Any]], str | None]
 
-    def __init__(self) -> None:
-        super().__init__(_Upstream)
+
+class Upstream(LoopbackServer):
+    """
+    The server; remembers which credentials and models it was asked with.
+
+    Attributes:
+        refuses: Each is asked, with headers and body, why a request is refused with 400; None: it
+            is not.
+    """
+
+    def __init__(self, handler: type[Handler] | None = None) -> None:
+        super().__init__(handler or UpstreamHandler)
+        self.refuses: tuple[Refusal, ...] = ()
         self._seen: list[dict[str, Any]] = []
         self._seen_guard = Lock()
 
@@ -38,16 +49,18 @@ class Upstream(LoopbackServer):
             self._seen.append(request)
 
 
-class _Upstream(Handler):
+class UpstreamHandler(Handler):
+    """Answers one connection."""
+
     server: Upstream
 
     def do_HEAD(self) -> None:  # noqa: N802, the standard library's name
-        self._send(b"", "application/json")
+        self.send(b"", "application/json")
 
     def do_GET(self) -> None:  # noqa: N802
         model = {"type": "model", "id": MODEL, "display_name": "Sonnet"}
         model["created_at"] = "2025-09-29T00:00:00Z"
-        self._send_json({"data": [model], "has_more": False, "first_id": MODEL, "last_id": MODEL})
+        self.send_json({"data": [model], "has_more": False, "first_id": MODEL, "last_id": MODEL})
 
     def do_POST(self) -> None:  # noqa: N802
         request = json.loads(self.body() or b"{}")
@@ -61,20 +74,27 @@ class _Upstream(Handler):
                 "time": datetime.now(UTC),
             }
         )
-        if self.path.split("?")[0].endswith("/count_tokens"):
-            self._send_json({"input_tokens": 7})
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        said = next(filter(None, (one(headers, request) for one in self.server.refuses)), None)
+        if said is not None:
+            error = {"type": "invalid_request_error", "message": said}
+            self.send_json({"type": "error", "error": error, "request_id": "req_test"}, 400)
+        elif self.path.split("?")[0].endswith("/count_tokens"):
+            self.send_json({"input_tokens": 7})
         elif request.get("stream"):
-            self._send(_events(request.get("model")), "text/event-stream")
+            self.send(_events(request.get("model")), "text/event-stream")
         else:
             content = [{"type": "text", "text": "pong"}]
             message = _message(request.get("model"))
-            self._send_json({**message, "content": content, "stop_reason": "end_turn"})
+            self.send_json({**message, "content": content, "stop_reason": "end_turn"})
 
-    def _send_json(self, answer: dict[str, Any]) -> None:
-        self._send(json.dumps(answer).encode(), "application/json")
+    def send_json(self, answer: dict[str, Any], status: int = 200) -> None:
+        """Answer with JSON."""
+        self.send(json.dumps(answer).encode(), "application/json", status)
 
-    def _send(self, body: bytes, kind: str) -> None:
-        self.send_response(200)
+    def send(self, body: bytes, kind: str, status: int = 200) -> None:
+        """Answer with some bytes of a type."""
+        self.send_response(status)
         self.send_header("content-type", kind)
         self.send_header("content-length", str(len(body)))
         self.send_header("request-id", "req_test")
