@@ -96,7 +96,7 @@ class _Report:
         if len(self.rows) == 1:
             _print_row("REQUEST", "KEY IN", "ANSWER", "MS", "REQUEST ID")
         answer = _answer(form, seen)
-        key_in = " and ".join(kind.key_in) or "nowhere"
+        key_in = " and ".join(kind.key_in) or "no key"
         colour = {"ok": "green", "odd": "green", "model": "green"}.get(seen["seen"], "red")
         if form in ("no key", "beta", "version") or _is_optional(form, seen):
             colour = ""
@@ -106,8 +106,12 @@ class _Report:
         self.facts[name] = text
 
     def trouble(self, trouble: Trouble, seen: str, lines: list[str]) -> None:
-        if trouble.id not in {one.id for one, _, _ in self.troubles}:
-            self.troubles.append((trouble, seen, lines))
+        for at, (one, before, known) in enumerate(self.troubles):
+            if one is trouble:  # seen in several requests
+                more = [line for line in lines if line not in known]
+                self.troubles[at] = (one, f"{before}; {seen}", [*known, *more])
+                return
+        self.troubles.append((trouble, seen, lines))
 
     def close(self, model: str, line: str, todo: str, problem: type[KeybrokerError] | None) -> None:
         """
@@ -195,7 +199,8 @@ class _Look:
             first = self._ask("message")
         if first["seen"] == "none":
             return
-        if first["status"] in NO_ROUTE or first.get("trouble") == "no-api":
+        no_api = first["status"] in NO_ROUTE or first.get("trouble") == "no-api"
+        if no_api and not _took(first):
             self._ask("openai")
             return
         if _took(first) or first.get("trouble") == "key-refused":
@@ -257,7 +262,12 @@ class _Look:
         for form, seen in self._seen.items():
             if seen["seen"] == "none":
                 return self._unreachable(form, seen)
-        told = [(one, text) for one, text, _ in self._report.troubles]
+        answered = self._seen["message"]["seen"] != "none"  # so we trust its certificate
+        told = [
+            (one, text)
+            for one, text, _ in self._report.troubles
+            if one.id != "certificate" or not answered
+        ]
         if told:
             trouble, text = told[0]
             more = f", and {len(told) - 1} more" if len(told) > 1 else ""
@@ -372,12 +382,13 @@ class _Look:
         elif found["node"]:
             self._report.fact("TLS", "Node trusts the certificate, too")
         else:
-            said = "trusted by the system, and not by Node"
+            said = "trusted by the system, and not by Node's own list"
             bundle = found["bundle"]
             file = bundle or "/path/to/authority.pem"
             lines = [f"[profiles.{self._profile.name}]", f"ca = {json.dumps(file)}"]
             self._report.fact("TLS", said)
-            self._report.trouble(TROUBLES["certificate"], f"a certificate that is {said}", lines)
+            text = f"{said}; Claude Code's own program asks both, one that runs on Node does not"
+            self._report.trouble(TROUBLES["certificate"], text, lines)
 
     def _headers(self) -> str:
         """Say which header the gateway reads."""
@@ -408,7 +419,7 @@ class _Look:
             return "reaches the upstream: a made-up one was refused by its name"
         fields = self._seen.get("fields")
         if fields is not None and "extra" in fields["flags"] and _took(probe):
-            return "probably not: context_management is refused as if it had not come with it"
+            return f"{CANNOT_TELL}: context_management is refused, as where it is dropped"
         return CANNOT_TELL
 
     def _version(self) -> str:

@@ -30,11 +30,13 @@ class Upstream(LoopbackServer):
     Attributes:
         refuses: Each is asked, with headers and body, why a request is refused with 400; None: it
             is not.
+        message_id: What its messages are called.
     """
 
     def __init__(self, handler: type[Handler] | None = None) -> None:
         super().__init__(handler or UpstreamHandler)
         self.refuses: tuple[Refusal, ...] = ()
+        self.message_id = "msg_test"
         self._seen: list[dict[str, Any]] = []
         self._seen_guard = Lock()
 
@@ -63,7 +65,10 @@ class UpstreamHandler(Handler):
         self.send_json({"data": [model], "has_more": False, "first_id": MODEL, "last_id": MODEL})
 
     def do_POST(self) -> None:  # noqa: N802
-        request = json.loads(self.body() or b"{}")
+        self.answer(self.read_json(self.body()))
+
+    def answer(self, request: dict[str, Any]) -> None:
+        """Remember a request, and answer it."""
         self.server.remember(
             {
                 "path": self.path,
@@ -82,10 +87,10 @@ class UpstreamHandler(Handler):
         elif self.path.split("?")[0].endswith("/count_tokens"):
             self.send_json({"input_tokens": 7})
         elif request.get("stream"):
-            self.send(_events(request.get("model")), "text/event-stream")
+            self.send(_events(request.get("model"), self.server.message_id), "text/event-stream")
         else:
             content = [{"type": "text", "text": "pong"}]
-            message = _message(request.get("model"))
+            message = _message(request.get("model"), self.server.message_id)
             self.send_json({**message, "content": content, "stop_reason": "end_turn"})
 
     def send_json(self, answer: dict[str, Any], status: int = 200) -> None:
@@ -102,9 +107,9 @@ class UpstreamHandler(Handler):
         self.wfile.write(body)
 
 
-def _message(model: str | None) -> dict[str, Any]:
+def _message(model: str | None, name: str) -> dict[str, Any]:
     return {
-        "id": "msg_test",
+        "id": name,
         "type": "message",
         "role": "assistant",
         "model": model,
@@ -115,10 +120,10 @@ def _message(model: str | None) -> dict[str, Any]:
     }
 
 
-def _events(model: str | None) -> bytes:
+def _events(model: str | None, name: str) -> bytes:
     end = {"stop_reason": "end_turn", "stop_sequence": None}
     events: list[dict[str, Any]] = [
-        {"type": "message_start", "message": _message(model)},
+        {"type": "message_start", "message": _message(model, name)},
         {
             "type": "content_block_start",
             "index": 0,

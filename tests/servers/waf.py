@@ -12,7 +12,7 @@ import http.client
 import os
 import shutil
 import tempfile
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
@@ -120,9 +120,8 @@ class Waf:
 
     def _answers(self) -> bool:
         connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=5)
-        with suppress(OSError, http.client.HTTPException):
+        with closing(connection), suppress(OSError, http.client.HTTPException):
             connection.request("GET", "/")
             connection.getresponse().read()
             return True
-        connection.close()
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,6 +30,12 @@ class Handler(BaseHTTPRequestHandler):
         while self.rfile.readline().strip():
             pass
         return b"".join(parts)
+
+    @staticmethod
+    def read_json(body: bytes) -> dict[str, Any]:
+        """Read a body that is a JSON object, or empty."""
+        found: dict[str, Any] = json.loads(body or b"{}")
+        return found
 
 
 class LoopbackServer(ThreadingHTTPServer):
