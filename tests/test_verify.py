@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -455,7 +455,7 @@ def test_tls_by_an_authority_of_ones_own(user: User, authority: Authority) -> No
         found = user.asked(**system)
         assert rows(found) == [13]
         assert found["facts"]["TLS"] == "trusted by the system, and not by Node's own list"
-        assert ask_claude(NEWEST, home, gateway.url, **system).stdout == "pong\n"
+        assert ask_claude(NEWEST, home, gateway.url, process=system).stdout == "pong\n"
         written = f"ca = {json.dumps(str(authority.file))}"
         assert found["troubles"][0]["configuration"] == ["[profiles.work]", written]
 
@@ -508,15 +508,25 @@ def test_what_makes_no_sense_is_refused(user: User, gateway: Plain, words: tuple
 
 
 def ask_claude(
-    version: str, home: Home, url: str, model: str = "claude-sonnet-4-6", **variables: str
+    version: str,
+    home: Home,
+    url: str,
+    model: str = "claude-sonnet-4-6",
+    process: Mapping[str, str] | None = None,
+    **variables: str,
 ) -> Result:
-    """Ask the real client through a gateway, which it tries once."""
+    """
+    Ask the real client through a gateway, which it tries once.
+
+    Args:
+        process: Of its environment; the other variables are of its settings.
+    """
     settings = {
         "apiKeyHelper": variables.pop("helper", f"echo {KEY}"),
         "model": model,
         "env": {"ANTHROPIC_BASE_URL": url, "CLAUDE_CODE_MAX_RETRIES": "0", **variables},
     }
-    return run_claude(version, home.path, settings)
+    return run_claude(version, home.path, settings, env_extra=process)
 
 
 def shows(row: int, answer: Result) -> bool:
