@@ -129,6 +129,7 @@ TABLE: dict[str, set[str]] = {
     "cli.draft": set(),
     "cli.questions": {"click"},
     "cli.init": {"click"},
+    "cli.look": set(),
     "cli.verify": {"click"},
     "cli.demo": {"click", "httpx"},  # the demonstration's client is a program of its own
     "cli": set(),

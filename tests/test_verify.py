@@ -167,7 +167,9 @@ def test_the_header_that_is_read_is_said(
 ) -> None:
     """A gateway that reads one works, since Claude Code sends both."""
     gateway.reads = reads
-    assert user.asked()["facts"]["key"] == fact
+    found = user.asked()
+    assert found["facts"]["key"] == fact
+    assert found["reads"] == list(reads or ("authorization", "x-api-key"))
 
 
 def test_a_model_that_nobody_has_proves_the_key(user: User, gateway: Plain) -> None:
@@ -235,6 +237,30 @@ def test_what_is_refused_is_named_by_its_row(
     assert f"row {row}, {TROUBLES[trouble['id']].title}: " in done.stdout
     assert TROUBLES[trouble["id"]].remedy in done.stdout
     assert done.stderr.startswith(f"keybroker: verify: {said}\nhint: ")
+
+
+@pytest.mark.parametrize(
+    ("page", "status", "said"),
+    [
+        (503, 75, "the gateway answers 503 to message"),
+        (429, 75, "the gateway answers 429 to message"),
+        (404, 78, "the gateway answers 404 to message: it has no such route"),
+    ],
+)
+def test_what_is_in_no_row_is_said_as_such(
+    user: User, gateway: Plain, page: int, status: int, said: str
+) -> None:
+    """An outage, a limit of requests, an address where nothing is."""
+    gateway.page = page
+    found = user.asked(status=status)
+    assert (found["conclusion"], rows(found)) == (said, [])
+
+
+def test_a_request_id_that_holds_the_key_is_not_shown(user: User, gateway: Plain) -> None:
+    """`User.verify` looks for the key in all that is printed."""
+    gateway.request_id = f"req-{KEY}"
+    found = user.asked()
+    assert {one["request_id"] for one in found["requests"]} == {""}
 
 
 def test_a_server_for_openai_clients_alone_is_said_so(user: User, gateway: Plain) -> None:

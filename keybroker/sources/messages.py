@@ -7,13 +7,14 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
 from keybroker import forms
 from keybroker.config import Profile
 from keybroker.credential import Secret
-from keybroker.errors import SourceError
+from keybroker.errors import ConfigError, SourceError
 from keybroker.sources.http import UNTRUSTED, Http, Reply
 from keybroker.troubles import flags, name, says_model
 
@@ -93,10 +94,14 @@ class Messages:
         """
         if urlsplit(self._profile.base_url).scheme != "https":
             return {"node": None, "bundle": None}
-        given = [one for one in (self._profile.ca, extra) if one is not None]
+        given = [] if self._profile.ca is None else [self._profile.ca]
+        if extra is not None:
+            with suppress(ConfigError):  # Node does without a file that it cannot read
+                if self._is_trusted([*given, extra]):
+                    return {"node": True, "bundle": None}
         node = self._is_trusted(given)
         bundles = Http.system_bundles() if node is False else []
-        bundle = next((one for one in bundles if self._is_trusted([*given, one])), None)
+        bundle = next((one for one in bundles if self._is_trusted([one])), None)
         return {"node": node, "bundle": bundle}
 
     def close(self) -> None:

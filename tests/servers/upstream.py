@@ -31,12 +31,14 @@ class Upstream(LoopbackServer):
         refuses: Each is asked, with headers and body, why a request is refused with 400; None: it
             is not.
         message_id: What its messages are called.
+        request_id: What it calls every request.
     """
 
     def __init__(self, handler: type[Handler] | None = None) -> None:
         super().__init__(handler or UpstreamHandler)
         self.refuses: tuple[Refusal, ...] = ()
         self.message_id = "msg_test"
+        self.request_id = "req_test"
         self._seen: list[dict[str, Any]] = []
         self._seen_guard = Lock()
 
@@ -102,7 +104,7 @@ class UpstreamHandler(Handler):
         self.send_response(status)
         self.send_header("content-type", kind)
         self.send_header("content-length", str(len(body)))
-        self.send_header("request-id", "req_test")
+        self.send_header("request-id", self.server.request_id)
         self.end_headers()
         self.wfile.write(body)
 
