@@ -230,7 +230,9 @@ class Look:
             return f"keybroker rotate {name}"
         if any(one.lines for one in self.found):
             return f"write that, then: keybroker verify --deep {name}, keybroker connect"
-        return "what is above; then the same command again"
+        if trouble.id == "firewall":
+            return f"have /v1/messages exempted, then: keybroker verify --deep {name}"
+        return f"what is above, then: keybroker verify {name}"
 
     def _find(self, trouble: Trouble, seen: str, lines: list[str]) -> None:
         for one in self.found:
