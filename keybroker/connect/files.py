@@ -15,8 +15,9 @@ from keybroker.errors import ConfigError, NotReady
 
 LARGEST = 16 << 20
 FRESH_SECONDS = 1.0  # what was written so lately may be half written yet
-LOOKS, LOOK_SECONDS = 20, 0.03
+LOOKS, LOOK_SECONDS = 50, 0.03
 SWAPS = 100
+_BLANK = b"\xef\xbb\xbf \t\r\n"
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
 _AT_FDCWD = -100
 # A system or a file system that has no such thing.
@@ -64,8 +65,10 @@ def read(file: Path) -> Target:
             return target
         time.sleep(LOOK_SECONDS)
         again, after = _read(file)
-        if again == target or after is None or after.st_ino != before.st_ino:
-            return again  # nobody writes, or somebody who puts whole files in place
+        if after is None or after.st_ino != before.st_ino:
+            return again  # of somebody who puts whole files in place
+        if again == target and (again.data or b"").strip(_BLANK):
+            return again  # nobody writes; but who has emptied it may be slow
         target, before = again, after
     raise changed_too_often(file)
 
@@ -162,8 +165,7 @@ def replace(target: Target, data: bytes | None, *, mode: int = 0o600) -> bool:
                 _look_like(target.real, draft)
             os.fsync(file.fileno())
         done = _make(target, draft) if target.data is None else _swap(target, draft, data)
-        if done:
-            _sync_folder(target.real.parent)
+        _sync_folder(draft.parent)
         return done
     except FileNotFoundError:  # it, or its folder, was taken away meanwhile
         return False
@@ -235,6 +237,9 @@ def _swap(target: Target, draft: Path, data: bytes | None) -> bool:
         if not _exchange(draft, target.real):
             break
         found = content(draft)
+        if found == expected:
+            _sync_folder(draft.parent)  # meanwhile who had opened the old one writes it, if ever
+            found = content(draft)
         if found == expected:
             return put == data
         put, expected = found, put
