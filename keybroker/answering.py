@@ -73,6 +73,7 @@ class Answers:
     ) -> None:
         self.broker: Broker | None = None
         self.excuse: Callable[[], KeybrokerError | None] = lambda: None  # why nothing is done now
+        self.expects: Callable[[str], bool] = lambda name: False  # it may yet be made for a program
         self.config = config
         self.named = False  # a settings file that was not known before
         self.stirred = False  # something is to be settled that was not a moment ago
@@ -107,7 +108,7 @@ class Answers:
             try:
                 name = self.config.profile(name or None).name
             except ConfigError as error:
-                return wire.error_line(error)
+                return None if self.expects(name) else wire.error_line(error)
         found = self.broker.ready.get(name)
         now = time.time()
         if found is None or not found.alive(now, time.clock_gettime(_BOOT)):
@@ -125,20 +126,23 @@ class Answers:
         if isinstance(asked, dict):
             self._control(asked, client)
             return
+        name = asked.profile
         try:
-            name = self.config.profile(asked.profile or None).name
+            name = self.config.profile(name or None).name
         except ConfigError as error:
-            client.send(wire.error_line(error), last=True)
-            return
+            if not self.expects(name):
+                client.send(wire.error_line(error), last=True)
+                return
         session = identify(asked.pid)
         now = time.monotonic()
-        check = self.broker is not None and self.broker.handout(name) is not None
+        known = self.broker is not None and name in self.config.profiles
+        check = known and self.broker is not None and self.broker.handout(name) is not None
         until = now + (CHECK_SECONDS if check else KEY_SECONDS)
         waiting = self._waiting.setdefault(name, [])
         looks = any(one.check for one in waiting)  # another look would keep them waiting
         waiting.append(_Waiting(client, asked, session, until, check))
         client.send(wire.WAIT)
-        if self.broker is None:
+        if self.broker is None or not known:
             return
         if not check:
             self.broker.ask(name)
@@ -161,6 +165,11 @@ class Answers:
         if self._given:
             ends.append(self._audit_at)
         return min(ends, default=None)
+
+    @property
+    def busy(self) -> bool:
+        """Say whether somebody waits for what was asked with a request for control."""
+        return bool(self._jobs)
 
     def settle(self) -> None:
         """Answer those whose answer is there, or whose time is over; write the audit log."""
@@ -250,6 +259,8 @@ class Answers:
                 return False
             one.client.send(wire.error_line(NotReady("the daemon is still starting")), last=True)
             return True
+        if name not in self.config.profiles and now < one.until and self.expects(name):
+            return False
         if name not in self.config.profiles:  # any more
             one.client.send(
                 wire.error_line(NotReady(f"{name}: is not configured any more")), last=True

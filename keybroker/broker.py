@@ -89,6 +89,7 @@ class _Profile:
     busy: "tuple[int, rotation.Step, str] | None" = None  # request, step, label
     due: datetime | None = None  # when it is looked at again
     ending: str = ""  # why all its keys are given up
+    exported: bool = False  # its key is somebody's until its end, and there is no other
     absent: set[str] = field(default_factory=set)  # labels that are not where keys are published
     resting: bool = False  # they were: nothing is minted before somebody asks
     asked: bool = False  # somebody waits
@@ -513,7 +514,8 @@ class Broker:
         for answer in answers:
             self.hold(answer.sessions)
             for name in self._logins.answered(answer.id):
-                self._change(self._profiles[name])
+                if name in self._profiles:
+                    self._change(self._profiles[name])
             at_work = self._asked.pop(answer.id, None)
             if at_work is None or at_work.busy is None:
                 continue
@@ -540,6 +542,28 @@ class Broker:
         at_work.slots = replace(at_work.slots, trouble=None)
         at_work.resting = not at_work.policy.publishes  # there are others who read it
         self._change(at_work)
+
+    def export(self, name: str) -> None:
+        """Let go of a key that somebody has for good: it is revoked at its end, none follows."""
+        at_work = self._profiles[name]
+        at_work.exported = at_work.resting = True
+        self._change(at_work)
+
+    def has(self, name: str) -> bool:
+        """Say whether anything is known to be left of a profile, a call that is open included."""
+        at_work = self._profiles.get(name)
+        return at_work is not None and (bool(at_work.slots.all) or at_work.busy is not None)
+
+    def forget(self, name: str) -> bool:
+        """Forget a profile that is not configured any more, when nothing is left of it."""
+        at_work = self._profiles.get(name)
+        if at_work is None:
+            return True
+        if at_work.profile is not None or at_work.busy is not None or at_work.slots.all:
+            return False
+        del self._profiles[name]
+        self.ready.pop(name, None)
+        return True
 
     def wind_down(self) -> None:
         """Ask for no more keys; what is left may be interrupted at any time."""
@@ -626,6 +650,11 @@ class Broker:
                 if doomed:
                     return rotation.Revoke(doomed[0].label)
                 at_work.ending = ""
+        if at_work.exported and slots.current is not None:
+            later = slots.current.not_before or now
+            if later <= now:
+                return rotation.Retire(slots.current.label, rotation.EXPORTED)
+            return rotation.Wait(instant.wall + (later - now))
         # A key whose secret is nowhere cannot be handed out: its readers get their hold.
         locked_away = False
         for key in (slots.next, slots.current):
@@ -860,7 +889,9 @@ class Broker:
             return
         revoke_at = self._clock.read().wall
         out = key is at_work.slots.current or key.base is not None
-        if out and not at_work.ending:  # it was handed out, or may have been read by others
+        if step.why == rotation.EXPORTED:
+            revoke_at = end_of(key)
+        elif out and not at_work.ending:  # it was handed out, or may have been read by others
             revoke_at += rotation.hold_of(key, at_work.policy)
             if _may_be_read(at_work, key):
                 revoke_at = max(revoke_at, end_of(key))

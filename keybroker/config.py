@@ -40,6 +40,7 @@ from keybroker.fields import (
     show_duration,
     unknown,
 )
+from keybroker.label import is_made
 from keybroker.rotation import RETRY_MAX, Kind, Policy, default_hold, shortest_lifetime
 from keybroker.values import dataclass, field
 from keybroker.vault import AUTH, PLACE, Vault, read_vault, with_variables
@@ -49,6 +50,7 @@ from keybroker.vault import AUTH, PLACE, Vault, read_vault, with_variables
 LONGEST_LEASE, LONGEST_ORPHAN = timedelta(hours=24), timedelta(hours=768)
 SMALLEST_WINDOW = 100_000  # tokens; see https://code.claude.com/docs/en/llm-gateway-connect
 NO_VAULT = "there is no [vault] table that says how to log in to Vault; see docs/vault.md"
+ENDED = "was made for one program, and is not handed out any more"
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
 GENERAL = {
@@ -377,6 +379,8 @@ class Config:
         if name is not None:
             if name in self.profiles:
                 return self.profiles[name]
+            if is_made(name):
+                raise ConfigError(f"{name}: {ENDED}", hint="keybroker run -- PROGRAM")
             hint = f"profiles: {known}" if known else "see `keybroker config path`"
             raise ConfigError(f"config: no profile {name[:32]!r}", hint=hint)
         if self.default is not None:
@@ -477,6 +481,9 @@ def parse(
     for name, entry in _dict(tables, "profiles", where).items():
         if not NAME.fullmatch(name):
             problem = "a profile's name has lower-case letters, digits, - and _, at most 32"
+            raise where.error(("profiles", name), problem)
+        if is_made(name):
+            problem = "a name that ends so is one that `keybroker run` makes"
             raise where.error(("profiles", name), problem)
         if not isinstance(entry, dict):
             raise where.error(("profiles", name), "expected a table")

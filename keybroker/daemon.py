@@ -44,7 +44,8 @@ from keybroker.errors import (
     place,
 )
 from keybroker.handout import Sealed
-from keybroker.journal import COMPACT_ABOVE, Journal
+from keybroker.journal import COMPACT_ABOVE, Journal, write_time
+from keybroker.label import is_made, is_run
 from keybroker.listening import Begun
 from keybroker.log import Log
 from keybroker.ownership import Ownership
@@ -75,6 +76,12 @@ JUST_NOW = 0.1  # a file's times are by a clock that goes in steps
 PACKAGE = Path(keybroker.__file__)  # written anew by each installation
 MOST_WATCHERS = 16
 WATCH_APART = 0.2
+CLAIM_SECONDS = 10.0  # after a start, until keys are revoked that no program's `run` came for
+OVER = "its program has ended"
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # what most daemons are never asked for costs them nothing
+    from keybroker.runs import Runs
 
 
 def run(begun: Begun, state: str, path: str, form: str) -> int:
@@ -111,7 +118,9 @@ class Daemon:
         self._watch = kernel.Watch()
         self._timer = kernel.clock_set_timer()
         self._config_files = paths.config_files(os.environ)
-        self._config = load(self._config_files)
+        self._file = self._config = load(self._config_files)  # of the second, programs have some
+        self._runs: Runs | None = None
+        self._claim_until: float | None = math.inf  # None: nobody is waited for any more
         document.forget_reader()
         self._pool = Pool(state, os.environ, begun.lock)
         self._broker: Broker | None = None
@@ -126,9 +135,12 @@ class Daemon:
             "watch": self._watching,
             "stop": self._stop,
             "lend": self._lend,
+            "run": self._run,
+            "export": self._export,
         }
         self._answers = Answers(self._config, Audit(state), self._files, operations)
         self._answers.excuse = self._lent_out
+        self._answers.expects = self._expects
         self._server = Server(
             begun.sockets,
             self._selector,
@@ -213,6 +225,8 @@ class Daemon:
         """Do what is due; return when to come back, by the monotonic clock."""
         now = time.monotonic()
         self._take(self._pool.receive(0.0))
+        if self._broker is not None:
+            self._part_with_runs(self._broker, now)
         wake = []
         if self._timer is None or self._watch.fd is None:
             self._look_at_files()
@@ -245,7 +259,7 @@ class Daemon:
             self._log.once("warning", f"{file} {reason}: {NOT_TOLD}", about=file)
         self._tell_watchers(now)
         times = [self._pool.limit, self._unlock_at, self._listen_at, self._mend_at, self._ends_at]
-        times += [self._push.due(), self._server.due, self._answers.due]
+        times += [self._push.due(), self._server.due, self._answers.due, self._claim_until]
         wake += [at for at in times if at is not None]
         if self._watchers:
             wake.append(self._tell_at)
@@ -367,6 +381,7 @@ class Daemon:
                 clock=self._clock,
                 reread=self._journal.read,
             )
+            self._claim_until = time.monotonic() + CLAIM_SECONDS
             self._answers.begin(self._broker)
             self._push_what_was_cut_off(self._broker)
             kernel.trim()
@@ -469,7 +484,7 @@ class Daemon:
         listening.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             fresh = load(self._config_files)
-            for file in self._config.files:
+            for file in self._file.files:
                 if file not in fresh.files:  # moved for a moment, by an editor; or for good
                     raise ConfigError(f"{file}: is gone")
         except ConfigError as error:
@@ -480,21 +495,27 @@ class Daemon:
             document.forget_reader()
             listening.notify("READY=1")
         self._log.over("the configuration is good again", about="config")
-        changed = fresh != self._config
-        cache_changed = fresh.cache_key != self._config.cache_key
-        self._config = self._answers.config = fresh
-        self._name_variables()
+        changed = fresh != self._file
+        cache_changed = fresh.cache_key != self._file.cache_key
+        self._file = fresh
         self._files.off.clear()
         if changed:
             self._log.say("info", f"configuration read, {len(fresh.profiles)} profiles")
-        if self._broker is not None:
-            self._broker.configure(fresh.profiles.values())
+        self._use()
         if cache_changed:
             self._open_cache()
         self._write_guidance()
         self._follows = True
         self._watch_directories()
         return None
+
+    def _use(self) -> None:
+        """Go on with the file's profiles, and with those that programs have."""
+        with_runs = self._file if self._runs is None else self._runs.over(self._file)
+        self._config = self._answers.config = with_runs
+        self._name_variables()
+        if self._broker is not None:
+            self._broker.configure(self._config.profiles.values())
 
     def _name_variables(self) -> None:
         self._pool.named = variables(self._config, self._issuers())
@@ -538,7 +559,7 @@ class Daemon:
         self._mend_at = math.inf
         try:
             folder = Path(self._path).parent
-            guidance.write(folder, self._config.profiles.values(), self._config.default, Disk())
+            guidance.write(folder, self._file.profiles.values(), self._file.default, Disk())
         except OSError as error:
             text = f"guidance cannot be written ({error.strerror})"
             self._log.once("warning", text, about="guidance")
@@ -550,7 +571,7 @@ class Daemon:
         with suppress(OSError):
             record = Disk().read(self._state / "connections.json") or b""
             if b'"follow": true' in record:
-                profiles = self._config.profiles
+                profiles = self._file.profiles
                 ttls = {
                     name: guidance.environment(one)[guidance.TTL_VARIABLE]
                     for name, one in profiles.items()
@@ -559,7 +580,7 @@ class Daemon:
 
     def _guidance_files(self) -> list[Path]:
         folder = Path(self._path).parent
-        return [folder / name for name in guidance.names(self._config.profiles)]
+        return [folder / name for name in guidance.names(self._file.profiles)]
 
     # control
 
@@ -602,6 +623,7 @@ class Daemon:
             "cache": self._origin,
             "profiles": standing.rows(broker, known.values()),
             "unconfigured": standing.unconfigured(broker, known),
+            "runs": [run.row() for run in self._runs or ()],
             "push": {"known": self._files.known(), "off": self._files.off},
         }
 
@@ -666,7 +688,7 @@ class Daemon:
             self._broker.retry(by_hand=True)
         if math.isfinite(self._unlock_at):
             self._open_cache()
-        client.send(wire.answer({"profiles": sorted(self._config.profiles)}), last=True)
+        client.send(wire.answer({"profiles": sorted(self._file.profiles)}), last=True)
         return None
 
     def _retry(self, asked: Mapping[str, Any], client: Client) -> Job | None:
@@ -703,6 +725,96 @@ class Daemon:
 
     def _something_changed(self) -> None:
         self._tell_at = min(self._tell_at, self._told_at + WATCH_APART)
+
+    # programs with keys of their own
+
+    def _programs(self) -> "Runs":
+        """Return who is connected for a program."""
+        from keybroker.runs import Runs
+
+        if self._runs is None:
+            self._runs = Runs()
+        return self._runs
+
+    def _expects(self, name: str) -> bool:
+        """Say whether somebody may yet connect who is the one for this profile."""
+        early = self._claim_until is not None and time.monotonic() < self._claim_until
+        return early and is_run(name) and (self._runs is None or name not in self._runs.seen)
+
+    def _run(self, asked: Mapping[str, Any], client: Client) -> Job:
+        """Make a profile for a program, and tell when it has a key; it lasts as the connection."""
+        run = self._programs().add(self._file, asked, client, early=self._claim_until is not None)
+        name, waits = run.name, True
+        if run.profile is not None:
+            self._use()
+
+        def result(late: bool) -> dict[str, Any] | None:
+            nonlocal waits
+            if not late and (self._broker is None or self._ownership.promised):
+                return None
+            broker = self._ready()
+            if waits and name in self._config.profiles:
+                waits = False
+                broker.ask(name)
+            if run.profile is None and name != run.of:  # it has its key, if it was not revoked
+                if not (broker.has(name) and broker.slots(name).keys):
+                    raise NotReady(f"{name}: its key was revoked meanwhile")
+                return {"profile": name, "expires_at": None}
+            if not late and not broker.settled(name):
+                return None
+            current = broker.slots(name).current
+            if current is None or broker.credential(name) is None:
+                raise self._lent_out() or broker.why_not(name)
+            ends = current.lease.expires_at
+            return {"profile": name, "expires_at": None if ends is None else write_time(ends)}
+
+        return Job(client, result, time.monotonic() + ACT_SECONDS, lasts=True)
+
+    def _export(self, asked: Mapping[str, Any], client: Client) -> Job:
+        """Let a program have its key for good: it is revoked at its end, or with its program."""
+        broker, run = self._ready(), self._programs().give(str(asked.get("profile")))
+        if run is None:
+            raise NobodyAnswers("the daemon was asked in words it does not know")
+        broker.export(run.name)
+        self._use()
+        self._pool.send("cache", "forget", ACT_SECONDS, profile=run.name)
+
+        def result(late: bool) -> dict[str, Any] | None:
+            if broker.slots(run.name).current is None:
+                return {}
+            if late:
+                raise broker.why_not(run.name)
+            return None
+
+        return Job(client, result, time.monotonic() + ACT_SECONDS)
+
+    def _part_with_runs(self, broker: Broker, now: float) -> None:
+        """Revoke the keys of programs that are gone, and of those that nobody came for."""
+        over: list[str] = []
+        if self._claim_until is not None and now >= self._claim_until:
+            if self._ownership.promised:
+                self._claim_until = now + CLAIM_SECONDS
+                return
+            self._claim_until = None
+            left = set(filter(is_made, broker.names())).difference(self._config.profiles)
+            if left:
+                runs = self._programs()
+                runs.leaving |= left.difference(run.name for run in runs)
+                over += filter(is_run, runs.leaving)
+            if self._runs is not None:
+                self._runs.seen.clear()
+        if self._runs is None or self._ownership.promised:
+            return
+        gone = self._runs.part()
+        over += [run.name for run in gone if is_run(run.name) or run.profile is not None]
+        if any(run.profile is not None for run in gone):
+            self._use()
+        for name in over:
+            if broker.has(name):
+                broker.end(name, OVER)
+            self._pool.send("cache", "forget", ACT_SECONDS, profile=name)
+        if self._runs.leaving and not self._answers.busy:
+            self._runs.leaving -= {name for name in self._runs.leaving if broker.forget(name)}
 
     def _lend(self, asked: Mapping[str, Any], client: Client) -> Job:
         """Let a command be the owner of the state directory while its connection lasts."""

@@ -8,6 +8,7 @@ from typing import Any
 from keybroker.chain import Chain
 from keybroker.credential import Issuer, Lease, Reference
 from keybroker.errors import JournalError
+from keybroker.label import is_made
 from keybroker.paths import JOURNAL, Disk
 from keybroker.slots import Event, Key, Record, replay
 from keybroker.values import replace
@@ -46,6 +47,7 @@ class Journal:
         """
         Drop what is over: records of labels that are gone, but for the newest label of each
         profile (the retry interval counts from it) and the newest record (so does the clock).
+        A profile that was made for one program leaves nothing.
 
         A key may have been retired by the record of another that is gone by now: each gets a
         record of its own.
@@ -55,7 +57,11 @@ class Journal:
             return
         known = replay(records)
         keep = {one.label for slots in known.values() for one in slots.all}
-        newest = {r.profile: r.label for r in records if r.event is Event.WANTED}
+        newest = {
+            r.profile: r.label
+            for r in records
+            if r.event is Event.WANTED and not is_made(r.profile)  # which nobody asks for again
+        }
         keep.update(newest.values())
         last = records[-1]
         kept = [record for record in records if record.label in keep or record is last]

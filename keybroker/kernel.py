@@ -47,17 +47,45 @@ _CHANGES = (
 _EVENT = struct.Struct("iIII")  # watch, mask, cookie, length of the name that follows
 
 
-def close_to_debuggers() -> bool:
-    """Leave no core and let nobody of this uid read our memory (Linux). An exec undoes it."""
+def close_to_debuggers(*, for_good: bool = True) -> bool:
+    """
+    Leave no core and let nobody of this uid read our memory (Linux). An exec undoes it.
+
+    Args:
+        for_good: What we start leaves no core either.
+    """
     import resource
 
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    hard = 0 if for_good else resource.getrlimit(resource.RLIMIT_CORE)[1]
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
     return _linux("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0) == 0
 
 
 def die_with_parent() -> bool:
     """Be killed when the parent ends (Linux). Ask afterwards whether it is still the parent."""
     return _linux("prctl", _PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) == 0
+
+
+def signal_descriptor(numbers: Iterable[int]) -> int | None:
+    """
+    Open what becomes readable when one of these signals, which are blocked, came (Linux).
+
+    Returns:
+        A file descriptor that does not block, for `read_signals`; None where there is none.
+    """
+    mask = sum(1 << (number - 1) for number in numbers).to_bytes(128, sys.byteorder)
+    opened = _linux("signalfd", -1, mask, os.O_NONBLOCK | os.O_CLOEXEC)
+    return opened if opened >= 0 else None
+
+
+def read_signals(descriptor: int) -> list[tuple[int, bool]]:
+    """Return the signals that came, and of each whether a process sent it, not the terminal."""
+    try:
+        data = os.read(descriptor, 128 * 16)  # signalfd_siginfo: number, errno, code, pid, …
+    except BlockingIOError:
+        return []
+    found = (struct.unpack_from("Iii", data, at) for at in range(0, len(data), 128))
+    return [(number, code <= 0) for number, _, code in found]
 
 
 def trim() -> bool:

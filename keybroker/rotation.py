@@ -22,6 +22,7 @@ MOVED = "the profile names another source now"
 BEATEN = "another one was published first"
 AGED = "it aged before it was verified"
 ELSEWHERE = "keys are published elsewhere now"
+EXPORTED = "exported"  # somebody was given it for good
 ENDED_AFTER = timedelta(minutes=1)  # its end, by a gateway whose clock is a little behind
 RETRY_MAX = timedelta(minutes=5)
 SETTLED = LOOK_UPS[1]  # looked up after this, an open label no longer counts as a live key

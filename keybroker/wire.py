@@ -19,6 +19,7 @@ from keybroker.values import dataclass
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
+    from _socket import socket
     from collections.abc import Generator, Iterator
     from typing import Any
 
@@ -35,7 +36,7 @@ WAIT_SECONDS = asking.WAIT_SECONDS  # until the end of one, from the beginning
 LARGEST_PID = 2**31 - 1
 LARGEST_TTL_MS = 2**53
 WAIT = b"wait\n"
-TELLING = ("watch", "lend")  # operations that are answered by lines, until somebody closes
+TELLING = ("watch", "lend", "run")  # operations that are answered by lines, until somebody closes
 EVERY = "*"  # in place of profiles' names, for which a request may have no room
 STRANGE = "its answer is none of ours"
 
@@ -253,24 +254,73 @@ def watch(path: str | os.PathLike[str], op: str = "watch") -> Generator[dict[str
         rest += piece
         *lines, rest = rest.split(b"\n") if b"\n" in piece else [rest]
         for line in lines:
-            if line[:1] != b"{":
-                raise _refused(path, line)
-            yield _read_object(path, line)
+            yield read_told(path, line)
         if len(rest) > LONGEST_ANSWER:
             raise _nobody(path, "the answer is too long")
+
+
+def read_told(path: str | os.PathLike[str], line: bytes | bytearray) -> dict[str, Any]:
+    """
+    Read a line of what is told.
+
+    Raises:
+        KeybrokerError: The one that it tells of.
+        NobodyAnswers: It is none of ours.
+    """
+    if line[:1] != b"{":
+        raise _refused(path, line)
+    return _read_object(path, line)
+
+
+def hold(path: str | os.PathLike[str], op: str, values: dict[str, Any]) -> socket:
+    """
+    Ask for something that lasts as long as the connection, which is returned.
+
+    What comes on it are lines, see `read_told`, and then nothing until it is closed.
+
+    Raises:
+        NobodyAnswers: Nobody is there who may answer.
+        ValueError: The request is too long.
+    """
+    import os
+    import time
+
+    line = control_line(op, values)
+    try:
+        server = asking.connect(os.fsencode(path), time.monotonic() + FIRST_SECONDS)
+        try:
+            server.sendall(line)
+        except OSError:
+            server.close()
+            raise
+    except OSError as error:
+        raise _nobody(path, error.strerror or str(error)) from None
+    return server
+
+
+def control_line(op: str, values: dict[str, Any]) -> bytes:
+    """
+    Write a request for control.
+
+    Raises:
+        ValueError: It is too long.
+    """
+    import json
+
+    line = json.dumps({"v": VERSION, "op": op, **values}).encode() + b"\n"
+    if len(line) > LONGEST_REQUEST:
+        raise ValueError("the request is too long")
+    return line
 
 
 def _pieces(
     path: str | os.PathLike[str], op: str, values: dict[str, Any], seconds: float | None
 ) -> Iterator[bytes]:
     """Send a request for control; yield what comes back, until the daemon closes."""
-    import json
     import os
     import time
 
-    line = json.dumps({"v": VERSION, "op": op, **values}).encode() + b"\n"
-    if len(line) > LONGEST_REQUEST:
-        raise ValueError("the request is too long")
+    line = control_line(op, values)
     until = time.monotonic() + (FIRST_SECONDS if seconds is None else seconds)
     try:
         server = asking.connect(os.fsencode(path), until)

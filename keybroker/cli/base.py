@@ -2,9 +2,11 @@
 
 import json
 import os
+import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from errno import ENOSPC
 from functools import wraps
@@ -29,6 +31,8 @@ COMMANDS = {
     "reload": ("daemon", "Have the daemon read its configuration again."),
     "status": ("status", "Show every profile's key, what comes next, and what to paste."),
     "verify": ("verify", "Try a profile's key at its gateway, as Claude Code uses it."),
+    "run": ("run", "Run a program with a key of its own, which ends with it."),
+    "env": ("environment", "Print what a shell has to set and unset; a key only if asked."),
     "connect": ("connect", "Set up Claude Code to use a profile's keys."),
     "disconnect": ("connect", "Take back what connect wrote."),
     "audit": ("audit", "Show who was given which key, and what became of it."),
@@ -86,6 +90,14 @@ def keybroker() -> None:
     """
 
 
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What a program that we start gets back: the umask, and how large a core may be."""
+
+    umask: int
+    core: int
+
+
 class Duration(click.ParamType[timedelta]):
     """A duration as the configuration file has it: 90s, 30m, 12h."""
 
@@ -132,10 +144,12 @@ def for_profile(command: Callable[..., None]) -> Callable[..., None]:
 
 def run(arguments: Sequence[str]) -> int:
     """Run a command line; return the exit status."""
-    os.umask(0o077)
-    close_to_debuggers()  # this process holds keys
+    before = Before(os.umask(0o077), resource.getrlimit(resource.RLIMIT_CORE)[0])
+    close_to_debuggers(for_good=arguments[:1] != ["run"])  # this process holds keys
     try:
-        status = keybroker.main(args=list(arguments), prog_name="keybroker", standalone_mode=False)
+        status = keybroker.main(
+            args=list(arguments), prog_name="keybroker", standalone_mode=False, obj=before
+        )
         return status if isinstance(status, int) else 0  # of `click.exceptions.Exit`
     except click.UsageError as error:
         if arguments[:1] == ["get"]:  # one line, whatever happens

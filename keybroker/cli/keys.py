@@ -39,7 +39,7 @@ from keybroker.errors import (
     SourceUnavailable,
 )
 from keybroker.journal import Journal, decode_lease, read_time
-from keybroker.label import is_label, prefix
+from keybroker.label import is_label, is_run, prefix
 from keybroker.pool import variables
 from keybroker.rotation import Kind
 from keybroker.slots import Slots, replay
@@ -63,6 +63,9 @@ def get_command(profile: str | None, no_start: bool, unanswered: bool) -> None:
     current key is printed until its end. Exit status: 0; 69 nobody can answer, 75 try later,
     77 refused, 78 configuration.
     """
+    if profile is not None and is_run(profile):
+        _ask_for_run(profile)
+        return
     config = configuration()
     wanted = config.profile(profile)
     try:
@@ -70,7 +73,7 @@ def get_command(profile: str | None, no_start: bool, unanswered: bool) -> None:
             raise NobodyAnswers("the daemon does not answer", hint="keybroker daemon --stop")
         socket = daemon_socket()
         if socket is not None or not no_start:
-            _ask_daemon(socket or start_daemon(config), wanted)
+            _ask_daemon(socket or start_daemon(config), wanted.name)
             return
     except (NobodyAnswers, JournalError) as error:
         # Whatever became of the daemon: what was sealed and is alive is good for its reader.
@@ -113,8 +116,22 @@ def start_daemon(config: Config) -> Path:
     return socket
 
 
-def _ask_daemon(socket: Path, profile: Profile) -> None:
-    reply = wire.ask(socket, asking.request(profile.name.encode(), dict(os.environb)))
+def _ask_for_run(name: str) -> None:
+    """Ask for a key that was made for a program: `keybroker run` starts a daemon that ended."""
+    until = time.monotonic() + ANSWER_SECONDS
+    socket = None
+    while socket is None:
+        with suppress(NobodyAnswers):
+            socket = daemon_socket()
+        if socket is None and time.monotonic() > until:
+            raise NobodyAnswers(f"{name}: no daemon runs, and no `keybroker run` starts one")
+        if socket is None:
+            time.sleep(0.05)
+    _ask_daemon(socket, name)
+
+
+def _ask_daemon(socket: Path, name: str) -> None:
+    reply = wire.ask(socket, asking.request(name.encode(), dict(os.environb)))
     status, text = asking.read_reply(reply) or (69, "")
     if status == 0:
         sys.stdout.write(f"{text}\n")

@@ -25,6 +25,8 @@ from keybroker.connect.line import helper_line
 from keybroker.connect.plan import Place
 from keybroker.credential import Phase
 from keybroker.errors import JournalError, NobodyAnswers
+from keybroker.label import is_made, made_of
+from keybroker.rotation import EXPORTED
 
 SECONDS = 4.0
 
@@ -107,20 +109,25 @@ def _show(
     briefly: bool = False,
 ) -> None:
     failures = {} if briefly else _last_failures(state())
-    rows = [row for row in found["profiles"] if profile in (None, row["profile"])]
+    rows = [row for row in found["profiles"] if profile in (None, _of(row["profile"], config))]
     for row in rows:
         over = found["daemon"] is not None and not row["trouble"]  # it works again
         row["last_failure"] = None if over else failures.get(row["profile"])
         row["settings"] = settings(row)
         row["lid"] = _lid(row, lid)
         row["connected"] = [] if briefly else _connected(config, row["profile"])
-    left = [] if profile else found["unconfigured"]
+    runs = found.get("runs", ())  # a daemon of before has none
+    given = [one for one in _exported(found, runs) if profile in (None, one["of"])]
+    names = {one["profile"] for one in given}
+    left = [] if profile else [o for o in found["unconfigured"] if o["profile"] not in names]
+    for row in rows:
+        row["run"] = next((one for one in runs if one["profile"] == row["profile"]), None)
     if as_json:
         shown = {name: found.get(name) for name in ("daemon", "problem", "cache", "push")}
-        text = {**shown, "profiles": rows, "unconfigured": left}
+        text = {**shown, "profiles": rows, "exported": given, "unconfigured": left}
         print_json(text) if not briefly else print(json.dumps(text))
         return
-    if not rows and not left:
+    if not rows and not left and not given:
         config.profile(None)  # says how to configure one
     _print_daemon(found["daemon"], found.get("problem"))
     _print_table(rows)
@@ -130,11 +137,59 @@ def _show(
             _print_settings(row)
     if len(rows) > 1 and not briefly:
         print("\nkeybroker status PROFILE says more of one of them")
+    _print_exported(given)
     for one in left:
         text = "keybroker revoke " + one["profile"]
-        print(f"\n{one['profile']}: is not configured any more, and has {len(one['keys'])} keys")
+        why = "its program has ended" if is_made(one["profile"]) else "is not configured any more"
+        print(f"\n{one['profile']}: {why}, and has {len(one['keys'])} keys")
         _print_keys(one["keys"], [], "")
         print(f"  end them: {text}")
+
+
+def _of(name: str, config: Config) -> str:
+    """Return the profile of the file that one for a program was made of; else the same."""
+    if name in config.profiles or not is_made(name):
+        return name
+    begins = made_of(name)
+    return next((one for one in config.profiles if one[: len(begins)] == begins), begins)
+
+
+def _exported(found: dict[str, Any], runs: Any) -> list[dict[str, Any]]:
+    """Return the keys that somebody was given for good, with whose they are if that is known."""
+    given = []
+    for one in found["unconfigured"]:
+        known = next((run for run in runs if run["profile"] == one["profile"]), None)
+        given += [
+            {**key, "profile": one["profile"], "of": made_of(one["profile"]), **_whose(known)}
+            for key in one["keys"]
+            if key["why"] == EXPORTED
+        ]
+    rows = {row["profile"]: row for row in found["profiles"]}
+    for run in runs:
+        if run["exported"] and run["profile"] == run["of"] and run["of"] in rows:
+            row = rows[run["of"]]
+            key = {name: row[name] for name in ("fingerprint", "expires_at")}
+            given.append(
+                {**key, "revoke_at": None, "profile": run["of"], "of": run["of"], **_whose(run)}
+            )
+    return given
+
+
+def _whose(run: dict[str, Any] | None) -> dict[str, Any]:
+    return {name: None if run is None else run[name] for name in ("program", "pid")}
+
+
+def _print_exported(given: list[dict[str, Any]]) -> None:
+    """Print the keys that do not rotate, since whoever has them cannot be given another."""
+    for one in given:
+        what, end = "is not ours to revoke", ""
+        if one["revoke_at"] is not None:
+            wait = _time(one["revoke_at"]) - datetime.now().astimezone()
+            what = f"ends in {in_words(wait)} ({on_the_clock(_time(one['revoke_at']))})"
+            end = f"; keybroker revoke {one['profile']}"
+        if one["program"] is not None:
+            what, end = f"{what}, or with {one['program']}, process {one['pid']}", ""
+        print(f"\nexported  {one['profile']}  {one['fingerprint']}  {what}{end}")
 
 
 def _connected(config: Config, name: str) -> list[dict[str, Any]]:
@@ -243,6 +298,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
 def _print_details(row: dict[str, Any], found: dict[str, Any]) -> None:
     print(f"\n{row['profile']}: {row['source']}, {row['kind']}")
+    if row["run"] is not None:
+        print(f"  made for     {row['run']['program']}, process {row['run']['pid']}")
     print(f"  kept by      {found['cache']}")
     for text in found.get("lost", ()):
         print(f"  cache        {text}")

@@ -16,6 +16,7 @@ from keybroker.config import Profile
 from keybroker.connect.line import helper_line, shared_line
 from keybroker.connect.plan import Keys, Line, Piece, Place, Plan
 from keybroker.errors import ConfigError
+from keybroker.foreign import MODES
 
 SCOPES = ("user", "local", "managed")
 HELPER = "apiKeyHelper"
@@ -25,8 +26,6 @@ MANAGED = {
     "macos": "/Library/Application Support/ClaudeCode",
     "windows": "C:\\Program Files\\ClaudeCode",
 }
-# Other formats and hosts that a project's own settings could lead a key to.
-MODES = ("BEDROCK", "VERTEX", "FOUNDRY", "ANTHROPIC_AWS", "MANTLE", "ANTHROPIC_GOOGLE_CLOUD")
 WIZARD = "what a project's file sets counts only after the first-run wizard and the trust prompt"
 STOPS = (
     "with a helper set, Claude Code has no Remote Control and no voice dictation",
@@ -48,7 +47,7 @@ def plan_with(profile: Profile, place: Place, scope: str, environment: dict[str,
     """Say what connects Claude Code with other variables than the usual ones."""
     after = _after(profile, place, environment)
     if scope != "user":  # a project's own settings come after the user's, and beat them
-        environment = {**environment, **_pins(profile, place), **environment}
+        environment = {**environment, **pins(profile, place), **environment}
     if scope == "managed":
         return _managed(profile, place, environment, after)
     if place.output is not None or place.system != Place.here().system:
@@ -124,7 +123,7 @@ def _managed(
     )
 
 
-def _pins(profile: Profile, place: Place) -> dict[str, str]:
+def pins(profile: Profile, place: Place) -> dict[str, str]:
     """
     Return what keeps a repository's own settings from leading the key elsewhere.
 
