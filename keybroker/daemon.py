@@ -117,6 +117,7 @@ class Daemon:
         self._push = Push(self._files)
         self._watch = kernel.Watch()
         self._timer = kernel.clock_set_timer()
+        self._named = paths.named_config(os.environ)
         self._config_files = paths.config_files(os.environ)
         self._file = self._config = load(self._config_files)  # of the second, programs have some
         self._runs: Runs | None = None
@@ -128,6 +129,7 @@ class Daemon:
         operations = {
             "about": self._about,
             "status": self._status,
+            "glance": self._glance,
             "rotate": self._rotate,
             "revoke": self._revoke,
             "reload": self._reload,
@@ -616,6 +618,25 @@ class Daemon:
 
         return Job(client, result, time.monotonic() + OPEN_SECONDS)
 
+    def _glance(self, asked: Mapping[str, Any], client: Client) -> Job | None:
+        client.send(wire.answer(self._at_a_glance(asked)), last=True)
+        return None
+
+    def _at_a_glance(self, asked: Mapping[str, Any]) -> str:
+        """Say in a line how one profile stands, or why that cannot be told."""
+        if asked.get("config", self._named) != self._named:
+            return "keybroker ! the daemon has another configuration"
+        name = asked.get("profile")
+        try:
+            profile = self._config.profile(name if isinstance(name, str) and name else None)
+        except ConfigError:
+            return "keybroker ! no such profile"
+        if self._broker is None:
+            return f"{profile.name} starting"
+        [row] = standing.rows(self._broker, [profile])
+        locked = self._broker.locked and self._config.cache_key != "memory"
+        return standing.glance(row, locked=locked)
+
     def _standing(self, broker: Broker) -> dict[str, Any]:
         known = self._config.profiles
         return {
@@ -638,7 +659,7 @@ class Daemon:
             "since": self._since.isoformat(),
             "socket": self._path,
             "state": str(self._state),
-            "config": paths.named_config(os.environ),
+            "config": self._named,
         }
 
     def _rotate(self, asked: Mapping[str, Any], client: Client) -> Job:

@@ -1,15 +1,16 @@
 """How every profile stands, as plain values: what `status` shows, with a daemon or without."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
 from keybroker import rotation
 from keybroker.broker import Broker
 from keybroker.config import Profile
+from keybroker.credential import Phase
 from keybroker.guidance import environment, ttl_reason
 from keybroker.journal import write_time
-from keybroker.rotation import Policy
+from keybroker.rotation import Kind, Policy
 from keybroker.slots import Key, Open, Slots
 
 _WORDS: dict[type, str] = {
@@ -26,6 +27,18 @@ _WORDS: dict[type, str] = {
 }
 
 
+# What only a person can mend, by the code of the error that it shows as.
+_PEOPLE = {
+    "denied": "denied",
+    "invalid": "no usable key",
+    "config": "configuration",
+    "cache": "cache",
+    "cache-locked": "keyring locked",
+    "cache-unreadable": "cache",
+    "journal": "journal",
+}
+
+
 def rows(broker: Broker, profiles: Iterable[Profile]) -> list[dict[str, Any]]:
     """Return one row a profile; times are ISO 8601 in UTC, lengths in seconds."""
     return [_row(broker, profile) for profile in profiles]
@@ -39,6 +52,45 @@ def unconfigured(broker: Broker, known: Iterable[str]) -> list[dict[str, Any]]:
         for name, slots in others
         if slots.keys or slots.open
     ]
+
+
+def needs(row: Mapping[str, Any], *, locked: bool) -> tuple[str, str] | None:
+    """
+    Say what a person must do for a profile, in a few words and in what to type; None: nothing.
+
+    Args:
+        row: One of `rows`.
+        locked: A keyring could not be opened, so that new keys are sealed nowhere.
+    """
+    code, look = row["code"], f"keybroker status {row['profile']}"
+    ours = row["kind"] != Kind.FOLLOWED.value
+    if code in _PEOPLE:
+        return _PEOPLE[code], row["hint"] or look
+    if row["phase"] in (Phase.SUSPECT.value, Phase.CONDEMNED.value):
+        return "key refused", look if ours else "write a new one where its owner keeps it"
+    if locked and ours:
+        return "keyring locked", "unlock it"
+    if row["late"]:
+        return "late", look
+    if not row["held"] and code is not None:
+        return "source unavailable" if code == "unavailable" else code, row["hint"] or look
+    return None
+
+
+def glance(row: Mapping[str, Any], *, locked: bool) -> str:
+    """Say it in one short line, in ASCII: the profile, the time that is left, what is needed."""
+    seconds, needed = row["survives_outage_s"], needs(row, locked=locked)
+    left = "no end" if seconds is None else _length(int(seconds))
+    mark = "" if needed is None else f" ! {needed[0]}"
+    return f"{row['profile']} {left if row['held'] else 'no key'}{mark}"
+
+
+def _length(seconds: int) -> str:
+    for size, unit, smaller, small in ((86_400, "d", 3600, "h"), (3600, "h", 60, "m")):
+        if seconds >= size:
+            rest = seconds % size // smaller
+            return f"{seconds // size}{unit} {rest}{small}" if rest else f"{seconds // size}{unit}"
+    return f"{seconds // 60}m" if seconds >= 120 else f"{seconds}s"
 
 
 def _row(broker: Broker, profile: Profile) -> dict[str, Any]:
@@ -64,6 +116,7 @@ def _row(broker: Broker, profile: Profile) -> dict[str, Any]:
         "published": broker.published_at(profile.name),
         "trouble": None if trouble is None else trouble.message,
         "hint": None if trouble is None else trouble.hint or None,
+        "code": None if trouble is None else trouble.code,
         "open": [_open(one, policy) for one in slots.open],
         "retired": [_key(k) for k in slots.retired],
         "environment": environment(profile),

@@ -84,6 +84,9 @@ EFFECTS = (
 )
 
 
+UNRECORDED = ("load", "models", "probe")  # whose failures say nothing of a key
+
+
 def perform(effect: str, call: Callable[[], T]) -> T:
     """Do one effect. All of them pass through here, so that a test can end us on either side."""
     assert effect in EFFECTS
@@ -406,6 +409,18 @@ class Operations:
         answer: dict[str, Any] = self._messages(profile, timeout).trusts(extra)
         return answer
 
+    def models(self, profile: Profile, secret: Secret) -> dict[str, Any]:
+        """List what a gateway has for a key."""
+        from keybroker.sources.models import read
+
+        return read(profile, secret)
+
+    def probe(self, profile: Profile, secret: Secret, model: str) -> dict[str, Any]:
+        """Have an upstream say how long an answer may be."""
+        from keybroker.sources.models import probe
+
+        return probe(profile, secret, model)
+
     def entrust(self, name: str, secret: Secret, folder: str | None) -> dict[str, Any]:
         """Put a secret where a reference finds it: into the OS keyring, or a file of its own."""
         from keybroker.sources.entrust import entrust
@@ -447,7 +462,7 @@ class Operations:
         """Put a failure into the audit log, from where `status` has the last one."""
         profile = message.get("profile")
         name = profile.get("name") if isinstance(profile, dict) else profile
-        if isinstance(name, str) and message["op"] != "load":  # reading leaves no trace
+        if isinstance(name, str) and message["op"] not in UNRECORDED:
             self._audit("failed", name, "", op=str(message["op"]), message=error.message)
 
     def expect(self, messages: Sequence[Mapping[str, Any]]) -> None:

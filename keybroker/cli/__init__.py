@@ -13,6 +13,8 @@ def main() -> None:
         status = _ask_daemon(arguments[1:])
         if status is not None:
             sys.exit(status)
+    if arguments[:1] == ["statusline"] and len(arguments) < 3 and "-" not in arguments[-1][:1]:
+        sys.exit(_show_line(arguments[1:]))
     from keybroker.cli.base import run
 
     sys.exit(run(arguments))
@@ -23,6 +25,13 @@ def _refuse_ourselves() -> int:
     text = "keybroker: was asked by keybroker itself; see credential_process in ~/.aws/config"
     os.write(2, f"{text}\n".encode())
     return 78
+
+
+def _show_line(profile: list[str]) -> int:
+    """Print the line for Claude Code's status line, in as small a fraction of it."""
+    from keybroker import glance
+
+    return glance.show(profile[0] if profile else "", dict(os.environb))
 
 
 def _ask_daemon(profile: list[str]) -> int | None:

@@ -28,7 +28,7 @@ from keybroker.cli.work import (
 )
 from keybroker.clock import Clock, judge
 from keybroker.config import Config, Profile
-from keybroker.credential import Credential
+from keybroker.credential import Credential, Phase, Secret
 from keybroker.errors import (
     CLASSES,
     ConfigError,
@@ -36,6 +36,7 @@ from keybroker.errors import (
     KeybrokerError,
     NobodyAnswers,
     NotReady,
+    SourceDenied,
     SourceUnavailable,
 )
 from keybroker.journal import Journal, decode_lease, read_time
@@ -114,6 +115,22 @@ def start_daemon(config: Config) -> Path:
         Journal(where).read()  # if this is why, it is said
         raise NobodyAnswers(error.message, hint=f"see {starting.log_file(where)}") from None
     return socket
+
+
+def key_at_hand(config: Config, profile: Profile) -> Secret:
+    """
+    Return a profile's key, for a command that presents it to the gateway; start a daemon for it.
+
+    Raises:
+        KeybrokerError: There is none.
+    """
+    socket = daemon_socket() or start_daemon(config)
+    status, text = asking.read_reply(wire.ask(socket, wire.request(profile.name))) or (69, "")
+    if status == 0:
+        return Secret(text)
+    kinds = {75: NotReady, 77: SourceDenied, 78: ConfigError}
+    said = text.removeprefix("keybroker: ") or "the daemon did not answer"
+    raise kinds.get(status, NobodyAnswers)(said)
 
 
 def _ask_for_run(name: str) -> None:
@@ -478,40 +495,84 @@ def sweep_command(profile: str | None, yes: bool, dry_run: bool, as_json: bool) 
     default=timedelta(0),
     help="How long the key must still live, such as 30m.",
 )
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing at all; the exit status says it.")
 @JSON
-def check_command(profile: str | None, min_remaining: timedelta, as_json: bool) -> None:
-    """Exit 0 if PROFILE has a key with enough time left; 75 if not. Asks no gateway."""
+def check_command(
+    profile: str | None, min_remaining: timedelta, quiet: bool, as_json: bool
+) -> None:
+    """Exit 0 if PROFILE has a key with enough time left; 75 if not. Asks no gateway.
+
+    A key that the gateway was seen to refuse is none, though it is handed out while it is
+    replaced.
+    """
+    if quiet and as_json:
+        raise click.UsageError("--quiet prints nothing, and --json prints JSON")
+    try:
+        _check(profile, min_remaining, quiet=quiet, as_json=as_json)
+    except KeybrokerError as error:
+        if not quiet:
+            raise
+        raise click.exceptions.Exit(error.exit_status) from None
+
+
+def _check(profile: str | None, min_remaining: timedelta, *, quiet: bool, as_json: bool) -> None:
     config = configuration()
     wanted = config.profile(profile)
-    left = _remaining(config, wanted)
-    enough = left is not None and left >= min_remaining
+    row, locked = _row(config, wanted)
+    left = _remaining(row)
+    refused = row["phase"] == Phase.SUSPECT.value
+    enough = left is not None and left >= min_remaining and not refused
     if as_json:
-        seconds = None if left is None or left == timedelta.max else left.total_seconds()
-        print_json({"profile": wanted.name, "ok": enough, "remaining_s": seconds})
-    elif left is not None:
-        print(f"{wanted.name}: {'no end' if left == timedelta.max else in_words(left) + ' left'}")
-    if not enough:
-        if left is None:
-            raise NotReady(f"{wanted.name}: no key", hint=f"keybroker get {wanted.name}")
-        lifetime = wanted.source.get("lifetime")
-        better = lifetime is not None and min_remaining < lifetime
-        raise NotReady(
-            f"{wanted.name}: only {in_words(left)} left",
-            hint=f"keybroker rotate {wanted.name}" if better else None,
+        needed = standing.needs(row, locked=locked)
+        print_json(
+            {
+                "profile": wanted.name,
+                "ok": enough,
+                "remaining_s": None if left in (None, timedelta.max) else left,
+                "phase": row["phase"],
+                "fingerprint": row["fingerprint"],
+                "expires_at": row["expires_at"],
+                "needs": None if needed is None else ": ".join(needed),
+            }
         )
+    elif left is not None and not quiet:
+        print(f"{wanted.name}: {'no end' if left == timedelta.max else in_words(left) + ' left'}")
+    if enough:
+        return
+    if left is None:
+        raise NotReady(f"{wanted.name}: no key", hint=f"keybroker get {wanted.name}")
+    if refused:
+        owner = "its owner has to write a new one" if not minted(wanted) else "it is being replaced"
+        raise NotReady(
+            f"{wanted.name}: the gateway refused the key; {owner}",
+            hint=f"keybroker status {wanted.name}",
+        )
+    lifetime = wanted.source.get("lifetime")
+    better = lifetime is not None and min_remaining < lifetime
+    raise NotReady(
+        f"{wanted.name}: only {in_words(left)} left",
+        hint=f"keybroker rotate {wanted.name}" if better else None,
+    )
 
 
-def _remaining(config: Config, wanted: Profile) -> timedelta | None:
-    """Return how long the current key has left; None without one, `max` for one without an end."""
-    rows: list[dict[str, Any]] | None = None
+def _row(config: Config, wanted: Profile) -> tuple[dict[str, Any], bool]:
+    """Return how a profile stands, and whether a keyring could not be opened."""
+    found: dict[str, Any] = {}
     with suppress(NobodyAnswers):  # what is on disk is good enough then
         if (socket := daemon_socket()) is not None:
-            rows = wire.control(socket, "status", ACT_SECONDS)["profiles"]
-    if rows is None:
+            found = wire.control(socket, "status", ACT_SECONDS)
+    rows = [row for row in found.get("profiles", ()) if row["profile"] == wanted.name]
+    origin = found.get("cache", "")
+    if not rows:
         with desk(config, lock=None, only=wanted) as at:
-            rows = standing.rows(at.broker, [wanted])
-    for row in rows:
-        if row["profile"] == wanted.name and row["held"]:
-            seconds = row["survives_outage_s"]
-            return timedelta.max if seconds is None else timedelta(seconds=seconds)
-    return None
+            rows, origin = standing.rows(at.broker, [wanted]), at.wrap_key.origin
+    locked = str(origin).startswith("memory only") and config.cache_key != "memory"
+    return {"code": None, **rows[0]}, locked  # a daemon of before says no code
+
+
+def _remaining(row: dict[str, Any]) -> timedelta | None:
+    """Return how long the current key has left; None without one, `max` for one without an end."""
+    if not row["held"]:
+        return None
+    seconds = row["survives_outage_s"]
+    return timedelta.max if seconds is None else timedelta(seconds=seconds)

@@ -1,6 +1,7 @@
 """status: how every key stands, what comes next, and the lines to paste."""
 
 import json
+import os
 import sys
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import click
 
-from keybroker import standing, wire
+from keybroker import glance, standing, wire
 from keybroker.audit import Audit
 from keybroker.cli.base import (
     Duration,
@@ -74,6 +75,17 @@ def status_command(profile: str | None, watch: bool, lid: timedelta, as_json: bo
         except BrokenPipeError:
             return
     raise NobodyAnswers("the daemon ended", hint="the next `keybroker get` starts one")
+
+
+@click.command("statusline")
+@for_profile
+def statusline_command(profile: str | None) -> None:
+    """Print one short line for Claude Code's status line: `work 11h 42m`.
+
+    PROFILE, how long its key lives, and after a ! what needs a person. Only the daemon is asked,
+    for half a second at most; stdin is not read. Exit status: 0.
+    """
+    raise click.exceptions.Exit(glance.show(profile or "", dict(os.environb)))
 
 
 def _standing(config: Config, profile: str | None) -> dict[str, Any]:

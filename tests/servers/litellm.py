@@ -35,6 +35,8 @@ from tests.servers.upstream import MODEL, Upstream
 from tests.servers.web import Handler, LoopbackServer
 
 UPSTREAM_KEY = "sk-upstream-of-the-tests"
+# One whose answers are too short for Claude Code, and one that gives none in words.
+OF_OPENAI = ("gpt-4o", "text-embedding-3-small")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,10 @@ class LiteLLM:
             "model_list": [
                 {"model_name": name, "litellm_params": {"model": f"anthropic/{name}", **behind}}
                 for name in (MODEL, "claude-*")
+            ]
+            + [
+                {"model_name": name, "litellm_params": {"model": f"openai/{name}", **behind}}
+                for name in OF_OPENAI
             ],
             "general_settings": {"master_key": self.master_key, **self._general_settings},
             "litellm_settings": {

@@ -78,9 +78,14 @@ class UpstreamHandler(Handler):
                 "x-api-key": self.headers.get("x-api-key"),
                 "model": request.get("model"),
                 "stream": bool(request.get("stream")),
+                "max_tokens": request.get("max_tokens"),
                 "time": datetime.now(UTC),
             }
         )
+        self.reply(request)
+
+    def reply(self, request: dict[str, Any]) -> None:
+        """Answer a request that is remembered."""
         headers = {name.lower(): value for name, value in self.headers.items()}
         said = next(filter(None, (one(headers, request) for one in self.server.refuses)), None)
         if said is not None:
