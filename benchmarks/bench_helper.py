@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks import rivals
 from benchmarks.measure import Figure, UnmeasurableError, interleaved, ratio
 from benchmarks.programs import output, seconds, seconds_at_once
-from benchmarks.stage import Home, daemon, furnish
+from benchmarks.stage import KEYBROKER, Home, daemon, furnish
 from tests.servers.processes import StartError
 
 BARE = (sys.executable, "-IS", "-c", "pass")
@@ -24,6 +24,8 @@ ALONE = {  # what is said of each, under which name, and the goal
     "native.shell": ("the native helper through `sh -c`", "helper.native.shell", None),
     "python": ("the helper in Python", "helper", 1.05),
     "python.shell": ("the helper in Python through `sh -c`", "helper.shell", 1.15),
+    "line": ("the line for Claude Code's status line", "helper.line", 1.3),
+    "line.typed": ("`keybroker statusline`", "helper.line.typed", 2.5),
 }
 
 
@@ -52,6 +54,13 @@ def _alone(home: Home) -> Iterator[Figure]:
         calls[kind] = _timed(helper, home.environment)
         shell = ("sh", "-c", f"exec {shlex.join(helper)}")
         calls[f"{kind}.shell"] = _timed(shell, home.environment)
+    for kind, command in {
+        "line": home.line,
+        "line.typed": (KEYBROKER, "statusline", "work"),
+    }.items():
+        if not output(command, home.environment).startswith("work "):
+            raise UnmeasurableError("the status line says something else")
+        calls[kind] = _timed(command, home.environment)
     rounds = interleaved(calls, ROUNDS)
     for kind, (words, name, most) in ALONE.items():
         if kind in calls:

@@ -23,6 +23,7 @@ from tests.servers.processes import Child
 KEYBROKER = str(Path(sys.executable).parent / "keybroker")
 DAEMON: tuple[str, ...] = (KEYBROKER, "daemon")
 HELPER = Path(keybroker.__file__).parent / "helper.py"
+STATUSLINE = HELPER.with_name("statusline.py")
 PATIENCE_SECONDS = 60.0
 POLL_SECONDS = 0.0002  # between two looks at whether a daemon is there yet
 
@@ -101,6 +102,11 @@ class Home:
     def helper(self) -> tuple[str, ...]:
         """The helper in Python, as a client runs it."""
         return (sys.executable, "-IS", str(HELPER), str(self.socket), "work")
+
+    @property
+    def line(self) -> tuple[str, ...]:
+        """What prints the line for a client's status line."""
+        return (sys.executable, "-IS", str(STATUSLINE), str(self.socket), "work")
 
     @property
     def native(self) -> tuple[str, ...] | None:
