@@ -12,17 +12,21 @@ import click
 from keybroker import guidance, paths, settings
 from keybroker.cli.base import coloured, print_json, progress, say
 from keybroker.cli.daemon import end_daemon
+from keybroker.cli.draft import File
+from keybroker.cli.keys import key_at_hand
+from keybroker.cli.models import listed, mapping, still_listed
 from keybroker.cli.work import configuration, daemon_socket, state
 from keybroker.config import Profile
-from keybroker.connect import SURFACES, edit, surface
+from keybroker.connect import SURFACES, claude, edit, surface
 from keybroker.connect.files import changed_too_often
 from keybroker.connect.organisation import organisation, refuse
-from keybroker.connect.plan import Piece, Place, Plan
+from keybroker.connect.plan import Keys, Piece, Place, Plan
 from keybroker.connect.proof import prove
 from keybroker.connect.record import FILE, Entry, Record, file_of
 from keybroker.connect.tokens import Found, tokens
 from keybroker.connect.tokens import take_out as remove
 from keybroker.errors import ConfigError, KeybrokerError
+from keybroker.values import replace
 
 FOLDER = click.Path(path_type=Path)
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Show what would change; change nothing.")
@@ -40,6 +44,16 @@ SURFACE = click.Choice(list(SURFACES))
     help="For you (the default), for you in this project, or for everybody on the machine.",
 )
 @click.option("--follow", is_flag=True, help="Let the daemon mend the TTL when it has to change.")
+@click.option(
+    "--models",
+    type=click.Choice(["auto"]),
+    help="Have the tiers stand for models that the gateway lists; written into the configuration.",
+)
+@click.option(
+    "--statusline/--no-statusline",
+    default=None,
+    help="Show the key's time below Claude Code's prompt, or no more.",
+)
 @click.option("--force", is_flag=True, help="Replace what others set; disconnect puts it back.")
 @click.option(
     "--take-out-keys", is_flag=True, help="Take out keys that would be sent instead; for good."
@@ -60,6 +74,8 @@ def connect_command(
     profile: str | None,
     scope: str | None,
     follow: bool,
+    models: str | None,
+    statusline: bool | None,
     force: bool,
     take_out_keys: bool,
     no_check: bool,
@@ -80,8 +96,13 @@ def connect_command(
         changes["system"] = system
     if scope is None:  # what is written for other machines is for everybody there
         scope = "managed" if system or output or installed_in else "user"
+    if statusline and (scope == "managed" or surfaces not in ((), ("claude",))):
+        raise click.UsageError("--statusline is for claude, in the scopes user and local")
+    if models is not None:
+        wanted = _mapped(wanted, dry_run=dry_run, quiet=as_json)
     for name in surfaces or ("claude",):
         job = _Job(name, wanted, Place.here(**changes), scope, follow=follow, force=force)
+        job.statusline = statusline
         job.run(dry_run=dry_run, check=not no_check, as_json=as_json, take_out=take_out_keys)
 
 
@@ -91,8 +112,32 @@ def connect_profile(name: str, *, force: bool = False) -> None:
     job.run(dry_run=False, check=True, as_json=False, take_out=False)
 
 
+def _mapped(profile: Profile, *, dry_run: bool, quiet: bool) -> Profile:
+    """Have each tier stand for a model that is listed, and write that into the configuration."""
+    config = configuration()
+    found = listed(profile, key_at_hand(config, profile))
+    chosen = mapping(profile, found, flags=still_listed(profile, [one.id for one in found]))
+    if any(profile.claude.get(tier) != model for tier, model in chosen.items()):
+        file = File.find(os.environ)
+        fresh = file.with_claude(profile, chosen, os.environ)
+        if not dry_run:
+            file.put(fresh)
+        if not quiet:
+            what = "would be written" if dry_run else "written"
+            print(f"tiers {what} into {file.path}", file=sys.stderr)
+    if not quiet:
+        for tier, model in chosen.items():
+            print(f"  {tier:<7} {model}", file=sys.stderr)
+    return replace(profile, claude={**profile.claude, **chosen})
+
+
 class _Job:
-    """One surface, connected."""
+    """
+    One surface, connected.
+
+    Attributes:
+        statusline: Whether its status line is ours; None: as it was.
+    """
 
     def __init__(
         self,
@@ -106,6 +151,7 @@ class _Job:
     ) -> None:
         self.surface, self.profile, self.place, self.scope = surface_name, profile, place, scope
         self.follow, self.force = follow, force
+        self.statusline: bool | None = None
 
     def run(self, *, dry_run: bool, check: bool, as_json: bool, take_out: bool) -> None:
         module = surface(self.surface)
@@ -182,6 +228,10 @@ class _Job:
             refuse(found, "connect")
 
     def _work_out(self, piece: Piece, record: Record) -> edit.Change:
+        if isinstance(piece, Keys) and (claude.HELPER,) in piece.values:
+            had = claude.has_status_line(record.files.get(str(piece.file)))
+            if had if self.statusline is None else self.statusline:
+                piece = claude.with_status_line(piece, self.profile.name, self.place)
         return edit.to_connect(
             piece,
             record,

@@ -16,10 +16,22 @@ from typing import Any
 
 from keybroker import aws, paths
 from keybroker.cli.configuration import toml, toml_key
-from keybroker.config import CACHE, CLAUDE, NAME, PROFILE, PUBLISH, SOURCES, Config, load
+from keybroker.cli.table import with_keys
+from keybroker.config import (
+    CACHE,
+    CLAUDE,
+    NAME,
+    PROFILE,
+    PUBLISH,
+    SOURCES,
+    Config,
+    Profile,
+    load,
+)
 from keybroker.document import Document, read
 from keybroker.errors import ConfigError
 from keybroker.fields import REFERENCES, Field
+from keybroker.values import replace
 from keybroker.vault import AUTH, PLACE
 
 TOP = ("cache", "vault", "aws")  # tables beside the profiles
@@ -256,6 +268,33 @@ class File:
         start = b"" if not before else newline if before.endswith(b"\n") else newline * 2
         return before + start + text.encode().replace(b"\n", newline)
 
+    def with_claude(
+        self, profile: Profile, values: Mapping[str, str], environment: Mapping[str, str]
+    ) -> bytes:
+        """
+        Return what the file is with some texts in a profile's table `claude`.
+
+        Raises:
+            ConfigError: The table is written in a way that is not edited.
+        """
+        path = ("profiles", profile.name, "claude")
+        text = with_keys((self.data or b"").decode(), path, values)
+        known = dict(self.config.profiles)
+        try:
+            found = dict(load(self.files, environment, {self.files[-1]: text}).profiles)
+            now = found.pop(profile.name)
+        except (ConfigError, KeyError):
+            now = None
+        before = known.pop(profile.name)
+        wanted = {**before.claude, **values}
+        if now is None or found != known or now != replace(before, claude=wanted, raw=now.raw):
+            lines = "; ".join(f"{key} = {toml(value)}" for key, value in values.items())
+            raise ConfigError(
+                f"{self.path}: {'.'.join(path)} is not written as a table of its own",
+                hint=f"write into it: {lines}",
+            )
+        return text.encode()
+
     def checked(self, text: str, environment: Mapping[str, str]) -> Config:
         """
         Return the configuration as it would be, checked by the rules of any other.
@@ -273,7 +312,16 @@ class File:
 
     def write(self, text: str) -> None:
         """
-        Put the new file in place at once.
+        Put the file in place with the new tables. See `put`.
+
+        Raises:
+            ConfigError: It was changed meanwhile, or cannot be written.
+        """
+        self.put(self.added(text))
+
+    def put(self, data: bytes) -> None:
+        """
+        Put a new file in place at once.
 
         Raises:
             ConfigError: It was changed meanwhile, or cannot be written.
@@ -288,7 +336,7 @@ class File:
                     f"{self.path}: was changed meanwhile; nothing was written",
                     hint="type it again",
                 )
-            disk.replace(self.path, self.added(text))
+            disk.replace(self.path, data)
         except OSError as error:
             raise ConfigError(f"{self.path}: cannot be written ({error.strerror})") from None
 

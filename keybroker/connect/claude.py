@@ -7,19 +7,22 @@ import json
 import os
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from keybroker import guidance, paths, settings
 from keybroker.config import Profile
-from keybroker.connect.line import helper_line, shared_line
+from keybroker.connect.line import helper_line, shared_line, status_line
 from keybroker.connect.plan import Keys, Line, Piece, Place, Plan
+from keybroker.connect.record import Entry
 from keybroker.errors import ConfigError
 from keybroker.foreign import MODES
 
 SCOPES = ("user", "local", "managed")
 HELPER = "apiKeyHelper"
+STATUS_LINE: settings.Path = ("statusLine",)
 DROP_IN = "managed-settings.d/50-keybroker.json"
 MANAGED = {
     "linux": "/etc/claude-code",
@@ -88,6 +91,18 @@ def _keys(file: Path, line: str, environment: dict[str, str], mode: int = 0o600)
     values: dict[settings.Path, Any] = {(HELPER,): line}
     values |= {("env", name): value for name, value in environment.items()}
     return Keys(file, values, guarded=((HELPER,),), mode=mode)
+
+
+def with_status_line(piece: Keys, profile: str, place: Place) -> Keys:
+    """Add to Claude Code's settings what it shows below the prompt; another's is not replaced."""
+    value = {"type": "command", "command": status_line(profile, place.environment)}
+    values = {**piece.values, STATUS_LINE: value}
+    return replace(piece, values=values, guarded=(*piece.guarded, STATUS_LINE))
+
+
+def has_status_line(entry: Entry | None) -> bool:
+    """Say whether that was written, by what is recorded of a file."""
+    return entry is not None and any(key.path == STATUS_LINE for key in entry.keys)
 
 
 def user_file(place: Place) -> Path:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keybroker.config import Profile
-from keybroker.connect import edit, files, surface
+from keybroker.connect import claude, edit, files, surface
 from keybroker.connect.plan import Keys, Line, Piece, Place, Plan
 from keybroker.connect.record import FILE, Entry, Record
 from keybroker.errors import KeybrokerError
@@ -55,6 +55,8 @@ def _looked_at(file: Path, entry: Entry, profile: Profile, place: Place) -> Conn
     try:
         plan: Plan = surface(entry.surface).plan(profile, place, entry.scope)
         piece = next((one for one in plan.pieces if one.file == file), None)
+        if isinstance(piece, Keys) and claude.has_status_line(entry):
+            piece = claude.with_status_line(piece, profile.name, place)
         outdated = () if piece is None else _outdated(piece, entry)
     except KeybrokerError as error:
         return Connected(file, entry.surface, entry.scope, problem=error.message)

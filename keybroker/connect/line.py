@@ -72,6 +72,13 @@ def helper_command(socket: str, profile: str) -> list[str]:
     return [sys.executable, "-IS", place, socket, profile]
 
 
+def status_line(profile: str, environment: Mapping[str, str] = os.environ) -> str:
+    """Return the line that prints a client's status line, for this user on this machine."""
+    place = os.path.join(os.path.dirname(os.path.dirname(__file__)), "statusline.py")
+    socket = str(paths.socket_path(environment))
+    return _line([sys.executable, "-IS", place, socket, profile])
+
+
 def _line(words: Sequence[str]) -> str:
     quoted = (
         word if word[0] == "-" else f"'{word}'" if "'" not in word else shlex.quote(word)
