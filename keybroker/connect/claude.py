@@ -146,19 +146,31 @@ def pins(profile: Profile, place: Place) -> dict[str, str]:
     helper's key to a host of its choice, whatever ANTHROPIC_BASE_URL is here.
     """
     names = ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY", "ANTHROPIC_CUSTOM_HEADERS")
-    host = urlsplit(profile.base_url).hostname or ""
-    around = [*filter(None, place.environment.get("NO_PROXY", "").split(",")), host]
-    proxies = {
-        name: value
-        for name in ("HTTP_PROXY", "HTTPS_PROXY")
-        if (value := place.environment.get(name)) and "@" not in value
-    }
     return {
         **{f"CLAUDE_CODE_USE_{mode}": "0" for mode in MODES},
         **dict.fromkeys(names, ""),
-        **(proxies or {"NO_PROXY": ",".join(dict.fromkeys(around))}),
+        **_way(profile, place),
         "NODE_TLS_REJECT_UNAUTHORIZED": "1",
     }
+
+
+def _way(profile: Profile, place: Place) -> dict[str, str]:
+    """
+    Return the proxies of here, or that there is none on the way.
+
+    In both spellings: the client takes the one in small letters if they differ. It takes the
+    proxy for http where there is none for https.
+    """
+    here = {
+        name: place.environment.get(name) or place.environment.get(name.upper(), "")
+        for name in ("https_proxy", "http_proxy", "no_proxy")
+    }
+    around = [*filter(None, here.pop("no_proxy").split(",")), urlsplit(profile.base_url).hostname]
+    found = {name: value for name, value in here.items() if value and "@" not in value}
+    if "http_proxy" in found:
+        found = {"https_proxy": found["http_proxy"], **found}
+    found = found or {"no_proxy": ",".join(dict.fromkeys(host or "" for host in around))}
+    return {**found, **{name.upper(): value for name, value in found.items()}}
 
 
 def _ignored(folder: Path) -> Line | None:

@@ -1,6 +1,7 @@
 """Claude Code through a gateway that speaks Google Vertex AI's format.
 
-The helper's key goes out as a bearer token, and the helper is asked again after a 401.
+The helper's key goes out as a bearer token, and the helper is asked again after a 401; 2.1.197
+does not ask again, and goes on with the key until its TTL is over or its settings are touched.
 
 See: https://code.claude.com/docs/en/llm-gateway
 """
