@@ -35,6 +35,7 @@ COMMANDS = {
     "run": ("run", "Run a program with a key of its own, which ends with it."),
     "env": ("environment", "Print what a shell has to set and unset; a key only if asked."),
     "statusline": ("status", "Print one short line for Claude Code's status line."),
+    "doctor": ("doctor", "Say where requests go, and what is wrong on the way."),
     "connect": ("connect", "Set up Claude Code to use a profile's keys."),
     "disconnect": ("connect", "Take back what connect wrote."),
     "audit": ("audit", "Show who was given which key, and what became of it."),

@@ -60,7 +60,7 @@ def status_command(profile: str | None, watch: bool, lid: timedelta, as_json: bo
     if profile is not None:
         config.profile(profile)
     if not watch:
-        found = _standing(config, profile)
+        found = standing_of(config, profile)
         _show(found, config, profile, lid, as_json=as_json)
         return
     socket = daemon_socket()
@@ -88,7 +88,7 @@ def statusline_command(profile: str | None) -> None:
     raise click.exceptions.Exit(glance.show(profile or "", dict(os.environb)))
 
 
-def _standing(config: Config, profile: str | None) -> dict[str, Any]:
+def standing_of(config: Config, profile: str | None) -> dict[str, Any]:
     """Return how things stand: from the daemon, else from what is on disk."""
     problem = None
     try:
@@ -120,7 +120,7 @@ def _show(
     as_json: bool,
     briefly: bool = False,
 ) -> None:
-    failures = {} if briefly else _last_failures(state())
+    failures = {} if briefly else last_failures(state())
     rows = [row for row in found["profiles"] if profile in (None, _of(row["profile"], config))]
     for row in rows:
         over = found["daemon"] is not None and not row["trouble"]  # it works again
@@ -259,7 +259,7 @@ def settings(row: dict[str, Any]) -> dict[str, Any]:
     return {"apiKeyHelper": helper_line(row["profile"]), "env": row["environment"]}
 
 
-def _last_failures(where: Path) -> dict[str, dict[str, Any]]:
+def last_failures(where: Path) -> dict[str, dict[str, Any]]:
     """Return each profile's last failure, unless something worked after it."""
     last: dict[str, dict[str, Any]] = {}
     try:

@@ -101,7 +101,7 @@ def display_name(model: str) -> str:
 
 
 def _for_user(profile: Profile, place: Place) -> Plan:
-    library = _library(place)
+    library = own_library(place)
     launcher = _own_launchers(place) / profile.name
     line = helper_line(profile.name, place.environment)
     script = _script(profile, line, paths.named_config(place.environment))
@@ -191,7 +191,7 @@ _APPLICATION_DATA = {
 }
 
 
-def _library(place: Place) -> Path:
+def own_library(place: Place) -> Path:
     """Return where the app of this user keeps its configurations; it makes a folder of its own."""
     if place.system == "macos":
         data = place.home / "Library/Application Support"

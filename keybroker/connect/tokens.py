@@ -21,7 +21,7 @@ TOKEN = "ANTHROPIC_AUTH_TOKEN"  # noqa: S105
 VARIABLES = (TOKEN, "ANTHROPIC_API_KEY")
 LARGEST_FILE = 1 << 20
 # Below the user's folder. PowerShell has its profiles here on Linux and macOS.
-_SHELLS = (
+SHELLS = (
     *(".bashrc", ".bash_profile", ".profile", ".zshrc", ".zshenv", ".zprofile"),
     ".config/fish/config.fish",
     ".config/powershell/profile.ps1",
@@ -87,7 +87,7 @@ def tokens(environment: Mapping[str, str], folder: Path | None = None) -> list[F
     claude = environment.get("CLAUDE_CONFIG_DIR") or os.path.join(home, ".claude")
     settings = [Path(claude, "settings.json")]
     zsh = environment.get("ZDOTDIR", home)
-    shells = [Path(zsh if name.startswith(".z") else home, name) for name in _SHELLS]
+    shells = [Path(zsh if name.startswith(".z") else home, name) for name in SHELLS]
     if folder is not None:
         settings += [folder / ".claude" / name for name in ("settings.local.json", "settings.json")]
         shells.append(folder / ".envrc")

@@ -65,7 +65,7 @@ def plan(profile: Profile, place: Place, scope: str) -> Plan:
             "vscode: its settings are each user's own, and are written where they are",
             hint="keybroker connect vscode, on that machine",
         )
-    found = list(_files(place))
+    found = list(installed(place))
     if not found:
         places = ", ".join(str(folder) for folder, _ in _places(place))
         raise ConfigError(
@@ -134,7 +134,7 @@ def _places(place: Place) -> Iterator[tuple[Path, Path]]:
     yield folder, folder / "User"
 
 
-def _files(place: Place) -> Iterator[Path]:
+def installed(place: Place) -> Iterator[Path]:
     """Yield the settings of each product that is here, and of its profiles that have their own."""
     seen = set()
     for folder, where in _places(place):

@@ -49,7 +49,7 @@ class Messages:
             `seen` is what came of it: ok; odd, which is a message with an id of another kind;
             model, when that alone was refused; trouble, with its row's `trouble`; other; or none,
             with `problem`, `hint` and `untrusted`. `status` (None without an answer), `ms`,
-            `request_id` (empty without one) and `flags`.
+            `request_id` (empty without one), `flags`, and `skew_s`, by which its clock is ahead.
 
         Raises:
             ConfigError: The `ca` file cannot be used.
@@ -78,6 +78,7 @@ class Messages:
             "status": reply.status,
             "ms": _since(started),
             "request_id": _request_id(reply, secret),
+            "skew_s": round(reply.skew.total_seconds()),
             **_judged(form, reply, streams=body.get("stream") is True),
         }
 

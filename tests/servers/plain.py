@@ -7,6 +7,7 @@ It is a stand-in; LiteLLM and nginx are there as they are, beside it.
 from __future__ import annotations
 
 import ssl
+import time
 from threading import Event
 from typing import Any
 
@@ -28,6 +29,8 @@ class Plain(Upstream):
         key: The one that it takes.
         reads: The headers in which it looks for it; none: it asks for no key.
         says: What each refusal of a key says besides; a page says it, too.
+        refusal: The status of each.
+        ahead: Seconds by which its clock is.
         page: It answers every message with this status and a page.
         openai_only: It has no /v1/messages.
         model: The only one that it has; None: any.
@@ -41,6 +44,8 @@ class Plain(Upstream):
         self.key = key
         self.reads: tuple[str, ...] = ("authorization", "x-api-key")
         self.says = ""
+        self.refusal = 401
+        self.ahead = 0
         self.page: int | None = None
         self.openai_only = False
         self.counts = True
@@ -73,6 +78,9 @@ class Plain(Upstream):
 class _Plain(UpstreamHandler):
     server: Plain
 
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        return super().date_time_string((timestamp or time.time()) + self.server.ahead)
+
     def do_POST(self) -> None:  # noqa: N802
         gateway = self.server
         data = self.body()
@@ -87,7 +95,7 @@ class _Plain(UpstreamHandler):
             return
         if not self._is_let_in(headers):
             error = {"type": "authentication_error", "message": f"invalid key{gateway.says}"}
-            self.send_json({"type": "error", "error": error}, 401)
+            self.send_json({"type": "error", "error": error}, gateway.refusal)
         elif path == "/v1/chat/completions":
             self.send_json({"id": "chatcmpl-1", "object": "chat.completion", "choices": []})
         elif gateway.openai_only or (path.endswith("/count_tokens") and not gateway.counts):
