@@ -663,7 +663,11 @@ FAULTS = [
         with_it=("nobody-there",),
     ),
     Fault(
-        "proxy", terminal(HTTP_PROXY="http://[bad"), "is no address", "unset HTTP_PROXY", Severity.ERROR
+        "proxy",
+        terminal(HTTP_PROXY="http://[bad"),
+        "is no address",
+        "unset HTTP_PROXY",
+        Severity.ERROR,
     ),
     # keybroker
     Fault("configuration", broken, "base_ulr", "keybroker config check"),
@@ -928,3 +932,12 @@ def test_every_kind_is_found_by_a_test() -> None:
     source = Path(__file__).read_text()
     missing = [one for one in KINDS if f'"{one}"' not in source]
     assert missing == []
+
+
+def test_the_page_has_every_kind() -> None:
+    """docs/doctor.md lists each finding with severity, row and meaning."""
+    page = (Path(__file__).parent.parent / "docs/doctor.md").read_text()
+    rows = re.findall(r"^\| `([a-z-]+)` \| (\w+) \| (\d*) \| (.*) \|$", page, re.MULTILINE)
+    assert rows == [
+        (name, str(kind.severity), str(kind.row or ""), kind.why) for name, kind in KINDS.items()
+    ]
