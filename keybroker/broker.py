@@ -59,6 +59,8 @@ from keybroker.values import dataclass, field, replace
 RENEWAL_SECONDS = 8.0  # of a session
 STORE_CALLS = 4  # the most that one step of publishing takes
 EXTRA_SECONDS = 4.0  # a worker's hard timer beyond its calls' own deadlines
+EXPORT_SECONDS = 4.0  # to write a file of a few bytes
+EXPORT_AGAIN = timedelta(seconds=30)  # after the disk did not have it
 ASKED_AGAIN = timedelta(seconds=5)  # who asks in vain has a failed call tried again this early
 CANNOT_KEEP = 'unlock the keyring, or set key = "file" in a table [cache]; see docs/cache.md'
 _NEVER = datetime.max.replace(tzinfo=UTC)
@@ -95,6 +97,8 @@ class _Profile:
     asked: bool = False  # somebody waits
     check: bool = False  # look at the current key: somebody may have been refused with it
     unsealed: bool = False  # its key is in memory only
+    filed: str | None = ""  # the label of the key in its file; None: that is not known
+    file_at: datetime | None = None  # the file could not be written: it is tried again then
     tried_at: datetime | None = None  # an issue or poll last failed
     patient: bool = False  # by a denial, or with a wish of the server's when to come back
     late: bool = False  # it was said that a replacement is late
@@ -114,6 +118,7 @@ class Broker:
         held: Sessions that were sealed.
         locked: The profiles whose sealed key could not be opened for now; it is not lost.
         keeps: Minted keys may be kept in memory alone, as a resident process does.
+        keys: The folder of the files for programs that run no helper; empty: none are kept.
         mints: The profiles that new keys may be asked for; for all, what is left over is
             cleared away.
         reread: Reads the journal again, after a worker died.
@@ -132,6 +137,7 @@ class Broker:
         held: Iterable[Session] = (),
         locked: Container[str] = (),
         keeps: bool = False,
+        keys: str = "",
         mints: Container[str],
         clock: Clock | None = None,
         roll: Callable[[], float] | None = None,
@@ -144,6 +150,7 @@ class Broker:
         self._origin = origin
         self._locked = locked
         self._keeps = keeps
+        self._keys = keys
         self._mints = mints
         self._roll = roll or _chance
         self._reread = reread
@@ -166,6 +173,7 @@ class Broker:
                 self._clock.read(),
             )
             self._profiles[profile.name] = at_work
+            self._forget_export(at_work)
             self._adopt(at_work, sealed.get(profile.name))
             if at_work.slots.current is not None:
                 at_work.published = at_work.slots.current.label
@@ -254,6 +262,21 @@ class Broker:
         profile = self._profiles[name].profile
         return None if profile is None or profile.publish is None else str(profile.publish.issuer)
 
+    def exported_to(self, name: str) -> str | None:
+        """Say where programs that run no helper find a profile's key; None: nowhere."""
+        profile = self._profiles[name].profile
+        if profile is None or profile.export == "none":
+            return None
+        return "pasted by hand" if profile.export == "paste" else f"{self._keys}/{name}"
+
+    def export_again(self, lost: Callable[[str], bool]) -> None:
+        """Make the files anew that are lost, which is asked of each."""
+        for at_work in self._profiles.values():
+            there = at_work.filed in at_work.secrets  # or it could not be made anew
+            if there and lost(f"{self._keys}/{at_work.name}"):
+                self._forget_export(at_work)
+                self._change(at_work)
+
     def rests(self, name: str) -> bool:
         """Say whether nothing is minted before somebody asks, since all was revoked."""
         return self._profiles[name].resting
@@ -272,6 +295,7 @@ class Broker:
         for session in self._logins:
             self._keep(session)
         for at_work in self._profiles.values():
+            self._forget_export(at_work)
             current = at_work.slots.current
             if current is None or current.label not in at_work.secrets:
                 self._adopt(at_work, sealed.get(at_work.name))
@@ -295,6 +319,7 @@ class Broker:
             if known is None:
                 fresh = _Profile(name, profile, profile.policy, Slots(), self._clock.read())
                 self._profiles[name] = fresh
+                self._forget_export(fresh)
             elif known.profile != profile:
                 if known.profile is not None and known.profile.publish != profile.publish:
                     self._publish_elsewhere(known, profile.publish)
@@ -334,6 +359,9 @@ class Broker:
                 continue
             if by_hand:
                 self._forgive(at_work)
+            if at_work.file_at is not None:
+                at_work.file_at = None
+                self._change(at_work)
             if at_work.policy.kind is Kind.FOLLOWED and at_work.profile is not None:
                 at_work.slots = rotation.hurried(at_work.slots)
                 self._change(at_work)
@@ -352,6 +380,7 @@ class Broker:
         known = replay(self._reread())
         for at_work in self._profiles.values():
             self._refresh(at_work, known.get(at_work.name, Slots()))
+            self._forget_export(at_work)
         if self._wrap_key is None:
             return
         for name, issuer in self._logins.wanted.items():
@@ -414,7 +443,8 @@ class Broker:
         at_work = self._profiles[name]
         step = self._step(at_work) if at_work.busy is None else at_work.busy[1]
         if self.credential(name) is not None:
-            return isinstance(step, rotation.Wait | rotation.Revoke | rotation.Settle)
+            after = rotation.Wait | rotation.Revoke | rotation.Settle | rotation.Export
+            return isinstance(step, after)
         if not isinstance(step, rotation.Wait):
             return False
         if at_work.slots.next is not None:
@@ -594,7 +624,8 @@ class Broker:
             self._start(at_work, step)
             return
         at_work.asked = at_work.asked and self.credential(at_work.name) is None
-        due = min(filter(None, (step.until, self._late_at(at_work))), default=None)
+        times = (step.until, self._late_at(at_work), self._export_due(at_work))
+        due = min(filter(None, times), default=None)
         if due is not None:
             due = _rounded(due, at_work, self._instance)
             at_work.due = due
@@ -613,6 +644,39 @@ class Broker:
         at_work.late = True
         self.news.append(News(at_work.name, "late", current.lease.expires_at.isoformat()))
         return None
+
+    def _export_wanted(self, at_work: _Profile) -> str:
+        """Return the label of the key that the file should hold; empty: there should be none."""
+        profile, current = at_work.profile, at_work.slots.current
+        if profile is None or profile.export != "file" or at_work.ending or current is None:
+            return ""
+        usable = rotation.usable(current, at_work.policy, self.now(at_work.name))
+        return current.label if usable else ""
+
+    def _export(self, at_work: _Profile, now: datetime) -> rotation.Export | None:
+        """
+        Say what the file should hold, if that is not what it holds.
+
+        This comes before all else: no key is revoked while the file still has it.
+        """
+        if not self._keys or (at_work.file_at is not None and at_work.file_at > now):
+            return None
+        wanted = self._export_wanted(at_work)
+        return None if wanted == at_work.filed else rotation.Export(wanted)
+
+    def _export_due(self, at_work: _Profile) -> datetime | None:
+        """Return when the file has to be looked at: it is to be tried again, or its key ends."""
+        current, filed = at_work.slots.current, at_work.filed
+        if not self._keys or filed == "":
+            return at_work.file_at
+        if filed is None or current is None or current.lease.expires_at is None:
+            return at_work.file_at
+        return self._clock.read().wall + (current.lease.expires_at - self.now(at_work.name))
+
+    def _forget_export(self, at_work: _Profile) -> None:
+        """What is in the file is not known: it is looked at, and made anew if need be."""
+        if at_work.filed or (at_work.profile is not None and at_work.profile.export == "file"):
+            at_work.filed = at_work.file_at = None
 
     def _report(self, at_work: _Profile, before: Trouble | None) -> None:
         trouble = at_work.slots.trouble
@@ -637,6 +701,8 @@ class Broker:
         slots, policy = at_work.slots, at_work.policy
         instant = self._clock.read()
         now = self._plan_time(at_work, instant)
+        if (export := self._export(at_work, instant.wall)) is not None:
+            return export
         slots = _by_clocks(slots, instant, now)
         put_off: list[datetime] = []
         if at_work.ending:
@@ -806,6 +872,20 @@ class Broker:
         if isinstance(step, rotation.Retire):
             self._retire(at_work, step)
             return
+        if isinstance(step, rotation.Export):
+            credential = at_work.secrets.get(step.label)
+            self._send(
+                at_work,
+                step,
+                step.label,
+                "export",
+                EXPORT_SECONDS,
+                profile=at_work.name,
+                file=f"{self._keys}/{at_work.name}",
+                secret=None if credential is None else credential.secret,
+                keep=_known(slots, step.label).fingerprint if step.label else "",
+            )
+            return
         assert profile is not None
         if isinstance(step, rotation.Issue):
             label = new_label(self._instance, profile.name, self._clock.read().wall)
@@ -923,7 +1003,8 @@ class Broker:
         if isinstance(step, rotation.Verify):
             at_work.check = False
         now = self._clock.read().wall
-        asks = not isinstance(step, rotation.Verify | rotation.Publish | rotation.Retire)
+        within = rotation.Verify | rotation.Publish | rotation.Export | rotation.Retire
+        asks = not isinstance(step, within)
         puts = isinstance(step, rotation.Stage | rotation.Recover) or values.get("base") is not None
         if puts and at_work.profile is not None and at_work.profile.publish is not None:
             issuer, asks = at_work.profile.publish.issuer, True
@@ -1023,6 +1104,12 @@ class Broker:
                 if isinstance(answer.error, SourceInvalid):  # it is no more
                     self._hurry(at_work)
                 at_work.slots = replace(at_work.slots, trouble=_trouble(answer.error))
+            elif isinstance(step, rotation.Export):
+                died = answer.records is None
+                again = policy.retry_min if died else EXPORT_AGAIN
+                at_work.filed, at_work.file_at = None, self._clock.read().wall + again
+                first = at_work.slots.trouble or _trouble(answer.error)
+                at_work.slots = replace(at_work.slots, trouble=first)
             else:
                 at_work.slots = rotation.put_off(at_work.slots, label, policy, now, self._roll())
                 first = at_work.slots.trouble or _trouble(answer.error)
@@ -1039,6 +1126,11 @@ class Broker:
         elif isinstance(step, rotation.Stage):
             key = replace(_known(at_work.slots, label), staged=True, failures=0, not_before=None)
             at_work.slots = change(at_work.slots, key)
+        elif isinstance(step, rotation.Export):
+            at_work.filed, at_work.file_at = step.label, None
+            trouble = at_work.slots.trouble
+            if trouble is not None and trouble.message.startswith("export: "):
+                at_work.slots = replace(at_work.slots, trouble=None)
         elif isinstance(step, rotation.Recover):
             self._recovered(at_work, _known(at_work.slots, label), ok["secret"])
         elif isinstance(step, rotation.Renew):
@@ -1077,6 +1169,7 @@ class Broker:
         if key.label != at_work.published:
             at_work.anchor, at_work.drift = self._anchor_of_new(at_work), timedelta()
         at_work.doubt = at_work.late = False
+        at_work.file_at = None  # another key: it is tried at once
         at_work.unsealed = self._wrap_key is None
         if key.label != at_work.published:  # else it was sealed, now that it could be
             what = "replaced" if at_work.published else "published"

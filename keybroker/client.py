@@ -13,6 +13,7 @@ library is loaded while a daemon answers; without one `keybroker get` is run, wh
 import os
 import sys
 from contextlib import suppress
+from typing import Any
 
 from keybroker import asking
 from keybroker.credential import Secret
@@ -75,6 +76,26 @@ def environment(profile: str | None = None) -> dict[str, str]:
 
     loaded = config.load(paths.config_files(os.environ))
     return guidance.environment(loaded.profile(profile or None))
+
+
+def agent_options(profile: str | None = None) -> dict[str, Any]:
+    """
+    Return what the Agent SDK wants where it loads no settings of the user's: never a key.
+
+        ClaudeAgentOptions(setting_sources=[], **client.agent_options("work"))
+
+    These are `settings`, with the helper and the address, and `env`, which takes other keys out
+    of the way. The SDK adds `env` to the environment in Python; in TypeScript it is all of it.
+
+    Raises:
+        ConfigError: There is no such profile, or the configuration is wrong.
+    """
+    from keybroker import config, paths
+    from keybroker.connect.agent_sdk import options_of
+    from keybroker.connect.plan import Place
+
+    loaded = config.load(paths.config_files(os.environ))
+    return options_of(loaded.profile(profile or None), Place.here())
 
 
 def _by_command(profile: str | None) -> tuple[int, str]:

@@ -6,7 +6,7 @@ No secret is in it; a secret is a reference. Unknown keys are errors, because a 
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,12 @@ PROFILE = {
     "max_live": Field(COUNT, "The most unrevoked keys at one gateway.", default=4),
     "openai_base_url": Field(
         URL, "The same gateway for programs that speak OpenAI's API; base_url with /v1 when absent."
+    ),
+    "export": Field(
+        one_of("none", "file", "paste"),
+        "For programs that run no helper: keep the key in a file of mode 0600 as well, or note "
+        "that a person pastes it.",
+        default="none",
     ),
 }
 CLAUDE = {
@@ -268,6 +274,7 @@ class Profile:
     push: bool
     max_live: int
     openai_base_url: str | None
+    export: str
     claude: Mapping[str, Any]
     type: str
     source: Mapping[str, Any]
@@ -302,6 +309,11 @@ class Profile:
     def asked(self) -> tuple[Issuer, ...]:
         """All that is asked for this profile: who issues its keys, where they are published."""
         return (self.issuer,) if self.publish is None else (self.issuer, self.publish.issuer)
+
+    @property
+    def openai_url(self) -> str:
+        """The gateway for OpenAI's clients: not where Anthropic's have a path of their own."""
+        return self.openai_base_url or f"{self.base_url.removesuffix('/anthropic')}/v1"
 
     @property
     def policy(self) -> Policy:
@@ -370,7 +382,7 @@ class Config:
 
     def profile(self, name: str | None) -> Profile:
         """
-        Return a profile by its name, or the only one, or the default.
+        Return a profile by its name, or the default, or the only one that is not an export's.
 
         Raises:
             ConfigError: There is no such profile, or several and none was named.
@@ -385,14 +397,21 @@ class Config:
             raise ConfigError(f"config: no profile {name[:32]!r}", hint=hint)
         if self.default is not None:
             return self.profiles[self.default]
-        if len(self.profiles) == 1:
-            return next(iter(self.profiles.values()))
+        if (only := only_one(self.profiles.values())) is not None:
+            return only
         if not self.profiles:
             raise ConfigError("config: no profile is configured", hint=_no_profile(self.files))
         raise ConfigError(
             "config: several profiles, and none was named",
             hint=f"name one, or set default: {known}",
         )
+
+
+def only_one(profiles: Iterable[Profile]) -> Profile | None:
+    """Return the profile that is meant without a name: those for other programs do not count."""
+    found = list(profiles)
+    usual = [one for one in found if one.export == "none"] or found
+    return usual[0] if len(usual) == 1 else None
 
 
 def _vault_issuer(vault: Vault, settings: Mapping[str, Any]) -> Issuer:

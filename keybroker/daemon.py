@@ -107,6 +107,7 @@ class Daemon:
 
     def __init__(self, begun: Begun, state: Path, path: str, log: Log) -> None:
         self._begun, self._state, self._path, self._log = begun, state, path, log
+        self._keys = str(Path(path).parent / paths.KEYS)
         self._clock = Clock()
         self._selector = selectors.DefaultSelector()
         self._signals = _Signals()
@@ -308,6 +309,8 @@ class Daemon:
             profiles=list(self._config.profiles),
             sessions=sessions(self._config, self._issuers()),
             prune=True,
+            keys=self._keys,
+            exports=[p.name for p in self._config.profiles.values() if p.export == "file"],
         )
 
     def _take(self, answers: list[Answer]) -> None:
@@ -331,6 +334,7 @@ class Daemon:
                     self._log.say("info", f"{file} has the new TTL")
         if self._broker is not None and answers:
             self._broker.take(answers)
+            self._broker.export_again(_is_gone)  # removed before its folder was watched
             self._something_changed()
 
     def _compacts(self) -> bool:
@@ -379,6 +383,7 @@ class Daemon:
                 locked=found.get("locked", list(self._config.profiles)),
                 held=held,
                 keeps=True,
+                keys=self._keys,
                 mints=_Everything(),
                 clock=self._clock,
                 reread=self._journal.read,
@@ -446,6 +451,8 @@ class Daemon:
             self._mend_at = min(self._mend_at, time.monotonic() + MEND_SECONDS)
         if not self._begun.inherited and self._ends_at is None and not os.path.exists(self._path):
             self._listen_again()
+        if self._broker is not None:
+            self._broker.export_again(_is_gone)
 
     def _listen_again(self) -> None:
         """The socket's file is gone: make another, or nobody could ask."""
@@ -461,6 +468,7 @@ class Daemon:
 
     def _watch_directories(self) -> None:
         wanted = {Path(self._path).parent, PACKAGE.parent}
+        wanted |= {Path(self._keys)} if os.path.isdir(self._keys) else set()
         for file in (*self._config_files, *self._credential_files()):
             # a link, and what it leads to, if not back to itself
             wanted |= {file.parent, Path(os.path.realpath(file)).parent}
@@ -864,6 +872,10 @@ def _standing(folder: Path) -> Path:
     while not os.path.isdir(folder) and folder != folder.parent:
         folder = folder.parent
     return folder
+
+
+def _is_gone(file: str) -> bool:
+    return not os.path.exists(file)
 
 
 def _content(file: Path) -> bytes | None:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
-from keybroker.config import Profile
+from keybroker.config import Profile, only_one
 from keybroker.fields import show_duration
 from keybroker.paths import Disk
 from keybroker.rotation import Kind
@@ -106,8 +106,8 @@ def write(runtime: Path, profiles: Iterable[Profile], default: str | None, disk:
         OSError: The disk will not have it.
     """
     known = {profile.name: profile for profile in profiles}
-    if default is None and len(known) == 1:
-        default = next(iter(known))
+    if default is None and (only := only_one(known.values())) is not None:
+        default = only.name
     files = {_name(name): _script(profile) for name, profile in known.items()}
     files[ENV] = _script(known[default]) if default in known else _choice(list(files))
     files[JSON] = json.dumps(_document(known, default), indent=2) + "\n"

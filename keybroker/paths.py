@@ -24,6 +24,7 @@ CACHE = "cache"
 WRAP_KEY = "wrap.key"
 INSTANCE = "instance"
 SOCKET = "s"
+KEYS = "keys"  # beside the socket: those of profiles with `export = "file"`
 RUN_USER = "/run/user"
 LONGEST_SOCKET_PATH = 103  # bytes; a macOS socket's address has room for these and a zero
 

@@ -116,6 +116,13 @@ class Publish:
 
 
 @dataclass(frozen=True, slots=True)
+class Export:
+    """Have the file for programs that run no helper hold this key; without one, have no file."""
+
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
 class Retire:
     """Give a key up without a replacement. `bad`: a new one that was not good enough."""
 
@@ -146,7 +153,20 @@ class Wait:
     until: datetime | None
 
 
-Step = Issue | Poll | Renew | Stage | Recover | Verify | Publish | Retire | Revoke | Settle | Wait
+Step = (
+    Issue
+    | Poll
+    | Renew
+    | Stage
+    | Recover
+    | Verify
+    | Publish
+    | Export
+    | Retire
+    | Revoke
+    | Settle
+    | Wait
+)
 
 
 def default_hold(helper_ttl: timedelta) -> timedelta:

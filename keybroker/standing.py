@@ -114,6 +114,7 @@ def _row(broker: Broker, profile: Profile) -> dict[str, Any]:
         "expires_at": None,
         "survives_outage_s": 0.0,
         "published": broker.published_at(profile.name),
+        "exported": broker.exported_to(profile.name),
         "trouble": None if trouble is None else trouble.message,
         "hint": None if trouble is None else trouble.hint or None,
         "code": None if trouble is None else trouble.code,

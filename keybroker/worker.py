@@ -21,7 +21,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from keybroker import asking, kernel, sources
+from keybroker import asking, export, kernel, sources
 from keybroker.audit import Audit
 from keybroker.cache import Cache, Cached, find_wrap_key
 from keybroker.carry import decode_session, encode_session
@@ -73,6 +73,7 @@ EFFECTS = (
     "promote",
     "seal",
     "swap",
+    "export",
     "retired",
     "find",
     "looked",
@@ -254,6 +255,13 @@ class Operations:
             self._audit("retired", profile.name, replaces, why="replaced")
         return {}
 
+    def export(self, profile: str, file: str, secret: Secret | None, keep: str) -> dict[str, Any]:
+        """Have the file for programs that run no helper hold this key, or none; see `export`."""
+        place = Path(file)
+        if perform("export", lambda: export.keep(place, secret, keep, self.disk)) and secret:
+            self._audit("exported", profile, secret.fingerprint)
+        return {}
+
     def retire(
         self, profile: str, label: str, fingerprint: str, revoke_at: datetime, why: str
     ) -> dict[str, Any]:
@@ -318,14 +326,24 @@ class Operations:
         return {"key": found.key.reveal() if found.key else None, "origin": found.origin}
 
     def open(
-        self, kind: str, profiles: list[str], sessions: list[str], *, prune: bool = False
+        self,
+        kind: str,
+        profiles: list[str],
+        sessions: list[str],
+        *,
+        prune: bool = False,
+        keys: str = "",
+        exports: list[str] | None = None,
     ) -> dict[str, Any]:
         """
         Fetch what seals the cache, and open all of it: what a process begins with.
 
         Args:
             prune: Remove the sessions that are not named: nobody will ask with them again.
+            keys: The folder from which all files are removed but those of `exports`.
         """
+        if keys:
+            export.prune(Path(keys), exports or [], self.disk)
         opened: dict[str, Any] = {
             "key": None,
             "sealed": {},
@@ -563,7 +581,7 @@ def _arguments(message: Mapping[str, Any]) -> dict[str, Any]:
         "issuer": decode_issuer,
         "lease": lambda v: None if v is None else decode_lease(v),
         "credential": decode_credential,
-        "secret": Secret,
+        "secret": lambda v: None if v is None else Secret(v),
         "wrap_key": lambda v: None if v is None else Secret(v),
         "kept": decode_session,
         "anchor": lambda v: Instant(read_time(v["wall"]), v["boot"], v["boot_id"]),

@@ -67,6 +67,7 @@ def test_the_smallest_profile_has_every_default() -> None:
         "push": True,
         "max_live": 4,
         "openai_base_url": None,
+        "export": "none",
         "claude": {},
         "type": "litellm",
         "source": {

@@ -13,6 +13,7 @@ from keybroker.cli.work import configuration
 from keybroker.config import Profile, schema
 from keybroker.credential import Reference
 from keybroker.fields import show_duration
+from keybroker.tables import toml
 from keybroker.vault import PLACE, Vault
 
 
@@ -117,22 +118,3 @@ def _print_tables(name: str, values: Mapping[str, Any]) -> None:
             print(f"{key} = {toml(value)}")
     for key, value in below.items():
         _print_tables(f"{name}.{key}", value)
-
-
-def toml(value: Any) -> str:
-    """Write a value as TOML has it, on one line."""
-    import json
-
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{toml_key(k)} = {toml(v)}" for k, v in value.items()) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(toml(v) for v in value) + "]"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def toml_key(name: str) -> str:
-    """Write a key, in quotes where it needs them."""
-    bare = name.isascii() and name.replace("-", "").replace("_", "").isalnum()
-    return name if bare else toml(name)

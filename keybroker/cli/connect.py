@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from keybroker import guidance, paths, settings
+from keybroker import guidance, paths, settings, wire
 from keybroker.cli.base import coloured, print_json, progress, say
 from keybroker.cli.daemon import end_daemon
 from keybroker.cli.draft import File
@@ -20,8 +20,9 @@ from keybroker.config import Profile
 from keybroker.connect import SURFACES, claude, edit, surface
 from keybroker.connect.files import changed_too_often
 from keybroker.connect.organisation import organisation, refuse
+from keybroker.connect.own import added_in
 from keybroker.connect.plan import Keys, Piece, Place, Plan
-from keybroker.connect.proof import prove
+from keybroker.connect.proof import prove, prove_file
 from keybroker.connect.record import FILE, Entry, Record, file_of
 from keybroker.connect.tokens import Found, tokens
 from keybroker.connect.tokens import take_out as remove
@@ -31,6 +32,7 @@ from keybroker.values import replace
 FOLDER = click.Path(path_type=Path)
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Show what would change; change nothing.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+REVOKE_SECONDS = 25.0
 INSTEAD = "that is sent instead of the helper's key"
 SURFACE = click.Choice(list(SURFACES))
 
@@ -267,20 +269,28 @@ def disconnect_command(
     """
     done: list[edit.Change] = []
     problems: list[KeybrokerError] = []
+    ended: list[str] = []  # profiles that were added for a surface
     with Record.open(state()) as record:
         for name, entry in reversed(list(record.files.items())):
             if _is_meant(entry, surfaces, profile, scope):
                 try:
                     done.append(_take_back(name, record, dry_run=dry_run))
+                    if done[-1].is_one and (profile_of_it := added_in(done[-1].line)) is not None:
+                        ended.append(profile_of_it)
                 except KeybrokerError as error:  # of one file; the others are taken back
                     problems.append(error)
+    said = {name: _end_keys(name, dry_run=dry_run) for name in ended}
     if as_json:
-        print_json({"files": [_described(one) for one in done]})
+        print_json(
+            {"files": [_described(one) for one in done], **({"profiles": said} if said else {})}
+        )
     else:
         for one in done:
             print(_diff(one) if dry_run else _said(one))
         if not done and not problems:
             print("nothing is connected")
+        for name, text in said.items():
+            print(f"{name}: {text}")
     for problem in problems[:-1]:
         say(problem)
     if problems:
@@ -305,6 +315,20 @@ def _take_back(name: str, record: Record, *, dry_run: bool) -> edit.Change:
     raise changed_too_often(file_of(name))
 
 
+def _end_keys(name: str, *, dry_run: bool) -> str:
+    """Have the keys of a profile ended that is configured no more: nobody is left to use them."""
+    by_hand = f"its keys end by themselves; at once: keybroker revoke {name}"
+    if dry_run:
+        return "its keys would be revoked"
+    try:
+        if (socket := daemon_socket()) is None:
+            return by_hand
+        [result] = wire.control(socket, "revoke", REVOKE_SECONDS, profiles=[name])
+    except (KeybrokerError, ValueError):
+        return by_hand
+    return by_hand if result["left"] else f"{result['revoked']} revoked"
+
+
 def _agreed(found: Found) -> bool:
     question = f"Take {found.variable} out of {found.path}, for good?"
     return sys.stdin.isatty() and click.confirm(question, err=True)
@@ -319,7 +343,9 @@ def _prove(plan: Plan, place: Place) -> str:
             first = prove(plan.line, plan.environment, place.environment)
             if up:
                 end_daemon()
-            prove(plan.line, plan.environment, place.environment)
+            second = prove(plan.line, plan.environment, place.environment)
+            if plan.key is not None:
+                prove_file(plan.key, second)
     except KeybrokerError as error:
         raise type(error)(
             f"connected, but {error.message}",
@@ -375,7 +401,7 @@ def _diff(change: edit.Change) -> str:
         if entry.kind == "keys":
             text = settings.shown(text, plain) if text.strip("\ufeff \t\r\n") else text
             return [line.rstrip("\r\n") for line in text.splitlines()]
-        ours = {change.line} if entry.kind == "line" else {*text.splitlines()}
+        ours = {*change.line.split("\n")} if entry.kind == "line" else {*text.splitlines()}
         ours = ours if entry.kind == "line" or data == whole else set()
         return [line if line in ours else "…" for line in text.splitlines()]
 

@@ -9,13 +9,12 @@ import os
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from keybroker import aws, paths
-from keybroker.cli.configuration import toml, toml_key
 from keybroker.cli.table import with_keys
 from keybroker.config import (
     CACHE,
@@ -31,11 +30,11 @@ from keybroker.config import (
 from keybroker.document import Document, read
 from keybroker.errors import ConfigError
 from keybroker.fields import REFERENCES, Field
+from keybroker.tables import table_lines, toml
 from keybroker.values import replace
 from keybroker.vault import AUTH, PLACE
 
 TOP = ("cache", "vault", "aws")  # tables beside the profiles
-BELOW = ("source", "auth", "publish", "claude")  # tables with a heading of their own
 _PART = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -95,8 +94,8 @@ class Draft:
         lines: list[str] = []
         for name in TOP:
             if name in self.tables:
-                lines += _lines((name,), self.tables[name])
-        lines += _lines(self.own, self.get(self.own) or {})
+                lines += table_lines((name,), self.tables[name])
+        lines += table_lines(self.own, self.get(self.own) or {})
         return "\n".join(lines[1:]) + "\n"
 
     def _place(self, parts: list[str]) -> tuple[str, ...]:
@@ -177,20 +176,6 @@ def reference(text: str, flag: str) -> dict[str, Any]:
             hint=f"the key itself is never an argument; {flag} - reads it from stdin",
         )
     return found
-
-
-def _lines(path: tuple[str, ...], table: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a table's heading and keys, then those of its tables that have their own heading."""
-    below = {k: v for k, v in table.items() if k in BELOW and isinstance(v, Mapping)}
-    order = list(SOURCES.get(str(table.get("type")), {}))  # as they are documented
-    rest = sorted(table, key=lambda k: order.index(k) + 1 if k in order else 0)
-    keys = {k: table[k] for k in rest if k not in below}
-    if keys or not below:
-        yield ""
-        yield f"[{'.'.join(map(toml_key, path))}]"
-        yield from (f"{toml_key(key)} = {toml(value)}" for key, value in keys.items())
-    for key, value in below.items():
-        yield from _lines((*path, key), value)
 
 
 @dataclass(frozen=True, slots=True)

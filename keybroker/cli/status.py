@@ -317,6 +317,8 @@ def _print_details(row: dict[str, Any], found: dict[str, Any]) -> None:
         print(f"  cache        {text}")
     if row["published"]:
         print(f"  publishes to {row['published']}")
+    if row.get("exported"):  # a daemon of before has none
+        print(f"  exported     {row['exported']}")
     if row["survives_outage_s"]:
         length = timedelta(seconds=row["survives_outage_s"])
         ends = on_the_clock(_time(row["expires_at"]))

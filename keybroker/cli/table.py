@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from keybroker.cli.configuration import toml, toml_key
+from keybroker.tables import toml, toml_key
 
 _HEADING = re.compile(r"^[ \t]*\[", re.MULTILINE)
 

@@ -166,6 +166,7 @@ def desk(
             wrap_key=wrap_key.key,
             origin=wrap_key.origin.removeprefix("memory only: "),
             held=held,
+            keys=str(paths.runtime_directory(os.environ) / paths.KEYS),
             mints={one.name for one in mints},
             clock=Clock(),
             reread=journal.read,

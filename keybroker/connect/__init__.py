@@ -12,6 +12,11 @@ SURFACES = {
     "aws": "Claude Code, to a gateway in place of Claude Platform on AWS",
     "vscode": "Claude Code in VS Code, Cursor and others of its kind",
     "desktop": "Claude Desktop with inference at the gateway",
+    "github-actions": "Claude Code in a workflow: prints its steps",
+    "agent-sdk": "the Agent SDK: prints what a program passes to it",
+    "opencode": "OpenCode, with a key of its own in a file",
+    "cursor": "Cursor's own models: prints what to paste",
+    "fazm": "Fazm and other hosts of Claude Code: prints what to paste",
 }
 
 

@@ -165,9 +165,10 @@ def _taken_back(
         return data, ("all of it",), False
     kept: tuple[str, ...] = ()
     if old.kind == "line":
-        line = old.splices[-1].inserted.strip("\r\n") if old.splices else None
-        lines = (target.text or "").splitlines(keepends=True)
-        text = "".join(one for one in lines if one.strip("\r\n") != line)
+        line = old.splices[-1].inserted.strip("\r\n") if old.splices else ""
+        text = _without_lines(target.text or "", line)
+        if "\n" in line and text == target.text:  # somebody changed some of them
+            kept = (f"what begins with `{line.partition(chr(10))[0]}`",)
     else:
         document = _document(target, target.text or "")
         kept = _remove_keys(document, old.keys)
@@ -216,7 +217,7 @@ def _with_whole(
 
 def _with_line(piece: Line, target: files.Target, entry: Entry, old: Entry | None) -> Change:
     text = target.text or ""
-    if piece.line in text.splitlines():
+    if _without_lines(text, piece.line) != text:
         found = digest(target.data)
         entry = replace(entry, before=found, after=found)
         if old is not None:
@@ -226,7 +227,20 @@ def _with_line(piece: Line, target: files.Target, entry: Entry, old: Entry | Non
     splice = Splice(len(text), "", inserted)
     data = (text + inserted).encode()
     entry = replace(entry, before=digest(target.data), after=digest(data), splices=(splice,))
-    return Change(target, data, entry, old, 0o644, line=piece.line)
+    return Change(target, data, entry, old, piece.mode, line=piece.line)
+
+
+def _without_lines(text: str, lines: str) -> str:
+    """Return a text without a line, wherever it stands, or without several that are in a row."""
+    wanted = lines.split("\n") if lines else []
+    found = text.splitlines(keepends=True)
+    at = 0
+    while wanted and at <= len(found) - len(wanted):
+        if [one.strip("\r\n") for one in found[at : at + len(wanted)]] == wanted:
+            del found[at : at + len(wanted)]
+        else:
+            at += 1
+    return "".join(found)
 
 
 def _with_keys(

@@ -79,10 +79,11 @@ class Keys:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line that has to stand in a text file, added at its end."""
+    """A line, or several in a row, that have to stand in a text file; added at its end."""
 
     file: Path
     line: str
+    mode: int = 0o644  # of a file that is made
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,7 @@ class Plan:
         text: What is for stdout, of a surface that is not written anywhere.
         line: What is run for a key, and can be tried.
         environment: What it is run with.
+        key: A file that the daemon keeps that key in.
     """
 
     pieces: tuple[Piece, ...] = ()
@@ -116,3 +118,4 @@ class Plan:
     text: str = ""
     line: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    key: Path | None = None

@@ -3,13 +3,16 @@
 import json
 import os
 import subprocess
+import time
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 
 from keybroker.credential import Secret
 from keybroker.errors import KeybrokerError, NotReady
 
 SECONDS = 20.0
+FILE_SECONDS = 10.0
 
 
 def prove(line: str, settings: Mapping[str, str], environment: Mapping[str, str]) -> str:
@@ -45,3 +48,19 @@ def prove(line: str, settings: Mapping[str, str], environment: Mapping[str, str]
             token = json.loads(text)["token"] if text.startswith("{") else text[:-1]
             return Secret(token).fingerprint
     raise NotReady("the helper printed something that is no key")
+
+
+def prove_file(file: Path, fingerprint: str) -> None:
+    """
+    Wait until a file has the key that the helper printed.
+
+    Raises:
+        NotReady: It does not come to have it.
+    """
+    until = time.monotonic() + FILE_SECONDS
+    while time.monotonic() < until:
+        with suppress(OSError, KeybrokerError, ValueError):
+            if Secret(file.read_text("ascii")).fingerprint == fingerprint:
+                return
+        time.sleep(0.05)
+    raise NotReady(f"{file}: does not have the key", hint="keybroker status")

