@@ -65,9 +65,14 @@ def newest(listed: Sequence[str], tier: str) -> str | None:
     return max(found, key=lambda pair: pair[0])[1] if found else None
 
 
+def sent(model: str) -> str:
+    """Return a model's id as Claude Code sends it, without what is for itself."""
+    return _WINDOW.sub("", model)
+
+
 def is_listed(model: str, listed: Sequence[str]) -> bool:
     """Say whether a gateway has a model; some list patterns, such as `anthropic/*`."""
-    bare = _WINDOW.sub("", model)
+    bare = sent(model)
     return any(one in (model, bare) or ("*" in one and _fits(bare, one)) for one in listed)
 
 

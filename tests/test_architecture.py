@@ -149,6 +149,8 @@ TABLE: dict[str, set[str]] = {
     "cli.configuration": {"click"},
     "cli.table": set(),
     "cli.draft": set(),
+    "cli.shells": set(),
+    "cli.open": {"click"},
     "cli.run": {"click"},
     "cli.environment": {"click"},
     "cli.daemon": {"click"},

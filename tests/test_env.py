@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from keybroker import foreign
-from keybroker.cli.environment import SHELLS
+from keybroker.cli.shells import SHELLS
 from keybroker.devgateway import DevGateway
 from tests.resident import Resident, until
 from tests.test_run import FOREIGN, configure, key_info, own

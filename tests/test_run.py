@@ -266,12 +266,12 @@ def test_the_key_is_short_and_small(user: Resident, gateway: DevGateway) -> None
 
 def test_a_model_is_the_only_one(user: Resident, gateway: DevGateway) -> None:
     """Of the key, and of every tier."""
-    with started(user, "--model", "claude-a", "--budget", "0.5", "--ttl", "1m") as one:
+    with started(user, "--model", "claude-opus-4-6", "--budget", "0.5", "--ttl", "1m") as one:
         info = key_info(gateway, one.key)
-    assert (info["models"], info["max_budget"]) == (["claude-a"], 0.5)
-    seen = environment_in(user, "--model", "claude-a")
+    assert (info["models"], info["max_budget"]) == (["claude-opus-4-6"], 0.5)
+    seen = environment_in(user, "--model", "claude-opus-4-6")
     tiers = {f"ANTHROPIC_DEFAULT_{tier}_MODEL" for tier in ("HAIKU", "SONNET", "OPUS")}
-    assert {seen[name] for name in (*tiers, "ANTHROPIC_MODEL")} == {"claude-a"}
+    assert {seen[name] for name in (*tiers, "ANTHROPIC_MODEL")} == {"claude-opus-4-6"}
 
 
 def key_info(gateway: DevGateway, key: str) -> dict[str, Any]:
@@ -448,7 +448,11 @@ def test_nothing_is_left_of_many(user: Resident, gateway: DevGateway) -> None:
 
 def test_a_program_that_is_not_there(user: Resident, gateway: DevGateway) -> None:
     """127, as a shell has it, and nothing was minted."""
-    assert user.cli("run", "--", "claude") == (127, "", "keybroker: run: claude: is not in PATH\n")
+    status, stdout, stderr = user.cli("run", "--", "claude")
+    assert (status, stdout) == (127, "")
+    said, hint = stderr.splitlines()
+    assert said == "keybroker: run: claude: is not in PATH"
+    assert hint.startswith("hint: install Claude Code, ")
     status, _, stderr = user.cli("run", "--", str(user.file))
     assert (status, stderr) == (126, f"keybroker: run: {user.file}: cannot be run\n")
     assert gateway.requests == 0
@@ -482,8 +486,12 @@ def test_a_gateway_that_refuses_the_admin_key(user: Resident) -> None:
 
 def test_two_hundred_models_are_too_many(user: Resident) -> None:
     """A request has 1,024 bytes."""
-    many = [word for n in range(200) for word in ("--model", f"model-{n}")]
-    status, _, stderr = user.cli("run", *many, "--", "true")
+    names = [f"model-{n}" for n in range(200)]
+    with DevGateway(models=names) as gateway:
+        user.environment["ADMIN"] = gateway.master_key
+        configure(user, gateway.url)
+        words = [word for name in names for word in ("--model", name)]
+        status, _, stderr = user.cli("run", *words, "--", "true")
     assert (status, stderr.splitlines()[0]) == (
         78,
         "keybroker: run: what was asked for is too long",

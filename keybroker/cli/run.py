@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -10,16 +10,34 @@ from typing import Any
 
 import click
 
-from keybroker import asking, foreign, guidance, wire
+from keybroker import asking, foreign, guidance, tiers, wire
+from keybroker.cli import shells
 from keybroker.cli.base import Before, Duration, in_words, on_the_clock, progress
-from keybroker.cli.keys import start_daemon
+from keybroker.cli.keys import key_at_hand, start_daemon
+from keybroker.cli.models import listed, still_listed
+from keybroker.cli.models import mapping as assign
+from keybroker.cli.open import (
+    TOKEN,
+    find_program,
+    launch_at,
+    note,
+    profile_at,
+    refuse_limits,
+    variables_at,
+)
 from keybroker.cli.work import configuration, daemon_socket
 from keybroker.config import SOURCES, Config, Profile
 from keybroker.connect import inline
 from keybroker.connect.plan import Place
 from keybroker.credential import fingerprint
-from keybroker.errors import ConfigError, KeybrokerError, NobodyAnswers, NotReady
-from keybroker.foreground import Program, end_as, find
+from keybroker.errors import (
+    ConfigError,
+    KeybrokerError,
+    NobodyAnswers,
+    NotReady,
+    SourceError,
+)
+from keybroker.foreground import Program, end_as
 from keybroker.label import RUN, made_name
 from keybroker.rotation import Kind
 from keybroker.runs import Limits, made, with_models
@@ -28,7 +46,6 @@ KEY_SECONDS = 25.0  # until there is a key, or a reason why not
 END_SECONDS = 5.0  # for its revocation, while who typed the command waits
 AGAIN_SECONDS = (0.0, 1.0, 30.0)  # between tries to find a daemon: the first, the next, the longest
 BUDGET = 2.0  # of a key that is exported, where nobody says otherwise
-TOKEN = "ANTHROPIC_AUTH_TOKEN"  # noqa: S105
 MODEL = "ANTHROPIC_MODEL"
 
 LIMITS = (
@@ -37,6 +54,9 @@ LIMITS = (
         "--budget", type=click.FloatRange(0, min_open=True), help="What one key may spend."
     ),
     click.option("--model", "models", multiple=True, help="The one model; for every tier."),
+    click.option("--haiku-model", help="The model of this tier, whatever --model says."),
+    click.option("--sonnet-model", help="The same of the sonnet tier."),
+    click.option("--opus-model", help="The same of the opus tier."),
     click.option("--keep", multiple=True, metavar="NAME", help="Leave a variable as it is."),
     click.option("-q", "--quiet", is_flag=True, help="No notes on stderr."),
 )
@@ -54,7 +74,12 @@ def limited(command: Any) -> Any:
 )
 @click.option("--profile", "name", metavar="PROFILE", help="Of which its key is made.")
 @limited
-@click.argument("words", nargs=-1, required=True, type=click.UNPROCESSED, metavar="PROGRAM [ARG]…")
+@click.option("--host", metavar="HOST", help="In place of a profile: what checks no key. localhost")
+@click.option(
+    "--port", type=click.IntRange(1, 65_535), help="Its port. 8321, or what OGX_PORT says."
+)
+@click.option("--print-env", is_flag=True, help="Print what a shell has to set; run nothing.")
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="PROGRAM [ARG]…")
 @click.pass_obj
 def run_command(
     before: Before,
@@ -62,8 +87,14 @@ def run_command(
     ttl: timedelta | None,
     budget: float | None,
     models: tuple[str, ...],
+    haiku_model: str | None,
+    sonnet_model: str | None,
+    opus_model: str | None,
     keep: tuple[str, ...],
     quiet: bool,
+    host: str | None,
+    port: int | None,
+    print_env: bool,
     words: tuple[str, ...],
 ) -> None:
     """Run PROGRAM with a key of its own, minted for it and revoked when it ends.
@@ -75,12 +106,79 @@ def run_command(
     \b
     keybroker run -- claude
     keybroker run --ttl 2h --budget 5 -- python agent.py
+    keybroker run --host localhost --model ollama/qwen3:32b -- claude
     """
+    if not words and not print_env:
+        raise click.UsageError("name a program after --, such as: keybroker run -- claude")
+    file = "" if print_env else find_program(words[0])
+    flags = {"haiku": haiku_model, "sonnet": sonnet_model, "opus": opus_model}
+    if host is not None or port is not None:
+        refuse_limits({"--profile": name, "--ttl": ttl, "--budget": budget})
+        there = profile_at(host, port)
+        variables = variables_at(there, models, flags)
+        if print_env:
+            shells.print_environment(shells.yours(), variables, keep)
+            return
+        Notes(quiet).note(note(there, variables))
+        status = launch_at(there, file, words, variables, before, keep=keep)
+        raise click.exceptions.Exit(end_as(status))
     config = configuration()
     profile = config.profile(name)
-    limits = Limits(ttl, budget, models)
-    status = launch(config, profile, words, limits, before, keep=keep, quiet=quiet)
+    mapping = tier_models(config, profile, models, flags)
+    if print_env:
+        refuse_limits({"--ttl": ttl, "--budget": budget})
+        values = {**guidance.environment(profile), **in_variables(mapping, models)}
+        shells.print_environment(shells.yours(), values, keep)
+        return
+    limits = Limits(ttl, budget, with_flags(models, flags))
+    more = in_variables(mapping, models)
+    status = launch(config, profile, words, limits, before, more, keep=keep, quiet=quiet)
     raise click.exceptions.Exit(end_as(status))
+
+
+def tier_models(
+    config: Config, profile: Profile, models: Sequence[str], flags: Mapping[str, str | None]
+) -> dict[str, str]:
+    """
+    Return the model of each tier where the command line names any; else nothing.
+
+    Raises:
+        ConfigError: One that it names is not listed.
+        KeybrokerError: The gateway had to be asked for the rest, and did not answer.
+    """
+    named = as_named(models, flags)
+    if not named:
+        return {}
+    try:
+        found = listed(profile, key_at_hand(config, profile))
+    except SourceError:
+        if len(named) < len(tiers.TIERS):
+            raise
+        return named  # what it does not list, it may answer all the same
+    for one in models[1:]:
+        assign(profile, found, one)  # says what is not listed
+    written = {} if models else still_listed(profile, [one.id for one in found])
+    given = {tier: name for tier, name in flags.items() if name}
+    return assign(profile, found, next(iter(models), None), {**written, **given})
+
+
+def as_named(models: Sequence[str], flags: Mapping[str, str | None]) -> dict[str, str]:
+    """Return the models of those tiers for which the command line names one."""
+    first = next(iter(models), None)
+    chosen = {tier: flags.get(tier) or first for tier in tiers.TIERS}
+    return {tier: name for tier, name in chosen.items() if name}
+
+
+def in_variables(mapping: Mapping[str, str], models: Sequence[str]) -> dict[str, str]:
+    """Return what tells Claude Code of the models that the command line names."""
+    first = {MODEL: models[0]} if models else {}
+    return {guidance.VARIABLES[tier]: model for tier, model in mapping.items()} | first
+
+
+def with_flags(models: Sequence[str], flags: Mapping[str, str | None]) -> tuple[str, ...]:
+    """Return all models that a key has to be for; none where it may use any of its profile's."""
+    named = (*models, *filter(None, flags.values())) if models else ()
+    return tuple(dict.fromkeys(map(tiers.sent, named)))
 
 
 def launch(
@@ -89,6 +187,7 @@ def launch(
     words: Sequence[str],
     limits: Limits,
     before: Before,
+    more: Mapping[str, str],
     *,
     keep: Collection[str] = (),
     quiet: bool = False,
@@ -99,19 +198,19 @@ def launch(
     Args:
         profile: What its key is made of.
         words: The program and its arguments.
+        more: Variables beside those of the profile.
         keep: Foreign variables that it keeps.
 
     Raises:
         KeybrokerError: It was not run, and why.
     """
-    file = find(words[0])
+    file = find_program(words[0])
     short = os.path.basename(words[0])
     rotates = short == inline.NAME
     notes = Notes(quiet)
     environment = foreign.without(os.environ, keep)
     lease = Lease(config, profile, limits, short, exported=not rotates)
     try:
-        more = {MODEL: limits.models[0]} if limits.models else {}
         if rotates:
             ours = inline.settings(lease.profile, Place.here(), more)
             arguments = inline.told(words[1:], ours)
@@ -121,7 +220,7 @@ def launch(
             arguments = list(words[1:])
             with progress("getting a key"):
                 key = lease.begin_exported()
-            variables = guidance.environment(lease.profile) | more
+            variables = guidance.environment(lease.profile) | dict(more)
             variables.pop(guidance.TTL_VARIABLE)  # there is no helper
             environment |= {**variables, TOKEN: key}
         _say(notes, lease, short, keep, rotates=rotates)

@@ -27,6 +27,15 @@ def settings(profile: Profile, place: Place, more: Mapping[str, str]) -> dict[st
     return {HELPER: line, "env": {**ours, **pins(profile, place), **ours}}
 
 
+def without_helper(profile: Profile, place: Place, variables: Mapping[str, str]) -> dict[str, Any]:
+    """
+    Return the settings for a gateway that checks no key, which is in the variables for show.
+
+    A helper of the user's own is put out of work: its key is for another gateway.
+    """
+    return {HELPER: "", "env": {**variables, **pins(profile, place), **variables}}
+
+
 def told(words: Sequence[str], ours: Mapping[str, Any]) -> list[str]:
     """
     Return the arguments of Claude Code with settings in them.
