@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -27,6 +29,9 @@ pytestmark = pytest.mark.servers
 
 TOKEN = re.compile(rb"\b(?:hv)?s\.[A-Za-z0-9_-]{20,}")  # as Vault and OpenBao write one
 LEASES = {path: ["update"] for path in ("sys/leases/renew", "sys/leases/revoke")}
+
+
+KEYBROKER = [sys.executable, "-c", "from keybroker.cli import main; main()"]
 
 
 @pytest.fixture
@@ -541,3 +546,38 @@ def test_sources_of_different_kinds_share_one_login(
     assert resident.key("made").startswith("sk-")
     assert logins(openbao, role) == 1
     assert resident.cli("revoke", "made")[0] == 0
+
+
+@pytest.mark.parametrize("words", [["run", "--", "sh"], ["run", "--", "./claude"]])
+def test_a_program_has_a_lease_of_its_own(
+    resident: Resident, openbao: OpenBao, database: Database, role: str, words: list[str]
+) -> None:
+    """Which is revoked with it, whether it has the password itself or a helper for it."""
+    path = database.dynamic_role(role, "1h", "2h")
+    table = vault_table(resident, openbao, role, {path: ["read"], **LEASES})
+    settings = 'engine = "dynamic"\nfield = "password"'
+    resident.configure(table + source("http://127.0.0.1:9", path, settings, 'verify = "none"'))
+    claude = resident.home.path / "claude"
+    claude.touch(0o700)
+    claude.write_text('#!/bin/sh\nexec sh "$3" "$4"\n')  # after --settings and what they are
+    before = database.users()
+    resident.start()
+    resident.key()
+    [mine] = database.users() - before
+    words = [word.replace("./claude", str(claude)) for word in words]
+    with subprocess.Popen(
+        [*KEYBROKER, *words, "-c", "echo begun; read line"],
+        env=resident.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        assert len(database.users() - before) == 2
+        process.communicate(b"\n", timeout=15)
+    assert process.returncode == 0
+    assert database.users() - before == {mine}
+    status, _, said = resident.cli("run", "--ttl", "1m", "--", "true")
+    assert status == 78
+    assert "how long its leases live is Vault's to say" in said
