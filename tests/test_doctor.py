@@ -34,6 +34,7 @@ from tests.servers.authority import Authority
 from tests.servers.claude import NEWEST, WITH_NODE_20, Result
 from tests.servers.faults import refused_url
 from tests.servers.install import claude_program
+from tests.servers.managed import Machine
 from tests.servers.plain import Plain
 from tests.servers.waf import Waf
 
@@ -155,6 +156,7 @@ def test_a_healthy_machine_gives_no_finding(user: User, gateway: Plain) -> None:
         found = user.look(*words)
         assert found["findings"] == []
     [route] = found["requests"]
+    assert found["gateway"]["wrong_key"] == 401
     helper = f"apiKeyHelper in {user.settings}"
     assert route == {
         "surface": "claude",
@@ -168,7 +170,8 @@ def test_a_healthy_machine_gives_no_finding(user: User, gateway: Plain) -> None:
     done = user.type("doctor")
     assert done == Result(
         0,
-        f"requests go\n  claude  to {gateway.url} (set in {user.settings}), with {helper}\n"
+        f"requests go\n  claude   to {gateway.url} (set in {user.settings}), with {helper}\n"
+        f"  gateway  {gateway.url}: to a wrong key 401; authorization and x-api-key are both read\n"
         "nothing is wrong\n"
         "next: keybroker doctor --deep, which sends the gateway what a session sends\n",
         "",
@@ -628,6 +631,13 @@ FAULTS = [
         )
         for text in ("1e3", "0", "-5", "60s", "")
     ),
+    Fault(
+        "certificate",
+        settings(NODE_EXTRA_CA_CERTS="/gone/authority.pem"),
+        "names /gone/authority.pem, which cannot be read",
+        "ca = ",
+        Severity.WARNING,
+    ),
     Fault("outdated", other_ttl, "CLAUDE_CODE_API_KEY_HELPER_TTL_MS not as", CONNECT, mends=True),
     Fault("moved", moved, "names /gone/keybroker/bin/", CONNECT, mends=True),
     Fault("old-client", old_client, "answers a wrong key with 403", "claude update"),
@@ -715,6 +725,42 @@ def test_every_row_of_the_page_is_planted() -> None:
     assert planted | {12, 13} == set(range(1, 15))
 
 
+def test_what_the_organisation_has_set_is_found(user: User, gateway: Plain, tmp_path: Path) -> None:
+    """Files of the machine, as in /etc: address, helper, keys and logins beat what the user has."""
+    machine = Machine(tmp_path)
+
+    def look() -> dict[str, Any]:
+        words = ("-c", "from keybroker.cli import main; main()", "doctor", "--json")
+        done = subprocess.run(
+            [*machine.command, sys.executable, *words],
+            cwd=user.project,
+            env={**user.resident.environment, "PATH": f"{user.programs}:{os.environ['PATH']}"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert user.canaries.seen_in(done.stdout + done.stderr) == []
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    machine.write("managed-settings.json", {"env": {ADDRESS: "https://theirs.example.com"}})
+    found = look()
+    assert found["requests"][0]["set_in"] == "/etc/claude-code/managed-settings.json"
+    assert [one["id"] for one in found["findings"]] == ["elsewhere"]
+    assert found["findings"][0]["fix"].startswith("ask who manages this machine")
+
+    theirs = {ADDRESS: gateway.url, TOKEN: user.planted}
+    machine.write("managed-settings.d/20-b.json", {"env": theirs, "forceLoginMethod": "console"})
+    found = look()
+    assert [one["id"] for one in found["findings"]] == ["two-sources", "first-party"]
+    assert "/etc/claude-code/managed-settings.d/20-b.json" in found["findings"][1]["what"]
+
+    machine.write("managed-settings.d/30-c.json", '{"env": {},}')
+    [one] = [one for one in look()["findings"] if one["id"] == "broken-settings"]
+    assert "30-c.json: is not strict JSON (line 1, column" in one["what"]
+
+
 def test_a_firewall_is_found(user: User, gateway: Plain) -> None:
     """Row 12: a request for one token passes, and what a session sends does not."""
     with Waf(gateway.url) as waf:
@@ -796,7 +842,8 @@ def test_without_claude_code_nothing_of_it_is_missing(user: User, gateway: Plain
     assert user.type("disconnect").rc == 0
     shutil.rmtree(user.programs)
     shutil.rmtree(user.home / ".claude", ignore_errors=True)
-    assert user.look() == {"requests": [], "findings": [], "mended": []}
+    found = user.look()
+    assert (found["requests"], found["findings"]) == ([], [])
 
 
 # Of keybroker itself, by what a daemon says

@@ -35,14 +35,21 @@ from keybroker.doctor.requests import (
 )
 from tests.resident import fresh_home, until
 from tests.servers.claude import NEWEST, WITH_NODE_20, environment, start_stream
+from tests.servers.managed import Machine
 from tests.servers.upstream import Upstream
 
 AT_ONCE = 3
+ETC = "machine/etc/claude-code/"
 FILES = {
     "user": ".claude/settings.json",
     "project": "project/.claude/settings.json",
     "local": "project/.claude/settings.local.json",
+    "managed": f"{ETC}managed-settings.json",
+    "first drop-in": f"{ETC}managed-settings.d/10-a.json",
+    "last drop-in": f"{ETC}managed-settings.d/90-b.json",
 }
+OF_USER = ("user", "project", "local")
+MANAGED = set(FILES) - set(OF_USER)
 SHORT = {TOKEN: "token", KEY: "key", LOGIN_TOKEN: "oauth"}
 Headers = tuple[str | None, str | None]
 
@@ -75,6 +82,8 @@ def helper(scope: str) -> str:
 def furnish(home: Path, case: Case, servers: Mapping[str, Upstream]) -> dict[str, str]:
     """Write what is set, and return what the client is started with besides."""
     for scope, settings in case.settings.items():
+        if scope in MANAGED:
+            continue
         path = home / FILES[scope]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings).replace("{url}", servers[scope].url))
@@ -91,7 +100,7 @@ def furnish(home: Path, case: Case, servers: Mapping[str, Upstream]) -> dict[str
 def foretold(home: Path, extra: Mapping[str, str]) -> tuple[str, Headers]:
     """Return the address and the two headers of which doctor says that they will be sent."""
     place = Place(environment(home, extra), home / "project", "linux")
-    origins = collect(place, home / "nothing")
+    origins = collect(place, home / "machine")
     found = route("claude", origins.layers, login=origins.login)
 
     def sent(part: Part) -> str | None:
@@ -111,8 +120,16 @@ def seen(version: str, case: Case) -> tuple[tuple[str, Headers], tuple[str, Head
     with fresh_home() as home, many_servers() as servers:
         extra = furnish(home.path, case, servers)
         (home.path / "project").mkdir(exist_ok=True)
+        under: tuple[str, ...] = ()
+        if MANAGED & set(case.settings):
+            (home.path / "machine").mkdir()
+            machine = Machine(home.path / "machine")
+            for name in MANAGED & set(case.settings):
+                text = json.dumps(case.settings[name]).replace("{url}", servers[name].url)
+                machine.write(FILES[name].removeprefix(ETC), text)
+            under = machine.command
         before = foretold(home.path, extra)
-        with start_stream(version, home.path, None, extra, ("-p", "ping")) as session:
+        with start_stream(version, home.path, None, extra, ("-p", "ping"), under) as session:
             assert session.pid
 
             def first() -> tuple[str, dict[str, Any]] | None:
@@ -164,7 +181,7 @@ def credentials(*, login: bool) -> Iterator[Case]:
 def scopes() -> Iterator[Case]:
     """Yield every set of places that an address, a helper and a token may stand in."""
     for places in itertools.chain.from_iterable(
-        itertools.combinations(FILES, size) for size in (1, 2, 3)
+        itertools.combinations(OF_USER, size) for size in (1, 2, 3)
     ):
         settings: dict[str, dict[str, Any]] = {one: {"env": {ADDRESS: "{url}"}} for one in places}
         settings[places[0]]["apiKeyHelper"] = helper(places[0])
@@ -177,6 +194,27 @@ def scopes() -> Iterator[Case]:
             for one in places
         }
         yield Case(settings, {ADDRESS: "{url}", TOKEN: value(TOKEN, "process")})
+
+
+def organisations() -> Iterator[Case]:
+    """Yield what an organisation has set, over all that anybody else has."""
+
+    def whole(scope: str) -> dict[str, Any]:
+        env = {ADDRESS: "{url}", TOKEN: value(TOKEN, scope), KEY: value(KEY, scope)}
+        return {"apiKeyHelper": helper(scope), "env": env}
+
+    mine = {scope: whole(scope) for scope in OF_USER}
+    process = {ADDRESS: "{url}", TOKEN: value(TOKEN, "process")}
+    theirs = {"apiKeyHelper": helper("managed"), "env": {ADDRESS: "{url}"}}
+    yield Case({**mine, "managed": theirs}, process)
+    bare = {**theirs, "env": {ADDRESS: "{url}", TOKEN: "", KEY: ""}}
+    yield Case({**mine, "managed": bare}, process)
+    yield Case({**mine, "managed": whole("managed"), "first drop-in": whole("first drop-in")})
+    yield Case({scope: whole(scope) for scope in MANAGED}, process)
+    first = {"env": {ADDRESS: "{url}"}}
+    last = {"env": {KEY: value(KEY, "last drop-in")}}
+    yield Case({"user": whole("user"), "first drop-in": first, "last drop-in": last})
+    yield Case({"user": whole("user"), "first drop-in": {"apiKeyHelper": helper("first drop-in")}})
 
 
 def oddities() -> Iterator[Case]:
@@ -217,6 +255,12 @@ def test_credentials_in_an_older_version() -> None:
 def test_places_of_addresses_and_credentials(claude_version: str) -> None:
     """Of several places the one that doctor names counts."""
     check(claude_version, [*scopes(), *oddities()])
+
+
+@pytest.mark.servers
+def test_what_an_organisation_has_set(claude_version: str) -> None:
+    """Its files, in their order, beat all others, and an empty value of theirs takes one away."""
+    check(claude_version, list(organisations()))
 
 
 def formats() -> Iterator[Case]:

@@ -68,6 +68,7 @@ class _Checks:
 
     def __init__(self, profile: str | None, *, deep: bool) -> None:
         self.deep = deep
+        self.gateway: dict[str, Any] = {}  # what was learnt of it
         self.place = Place.here()
         self.problem: KeybrokerError | None = None
         self.config: Config | None = None
@@ -122,6 +123,7 @@ class _Checks:
             return
         finally:
             pool.close(at_once=True)
+        self.gateway |= {"url": profile.base_url, **look.facts}
         skews = [int(one.get("skew_s") or 0) for one in look.seen.values()]
         answered = gateway.Answered(
             [(one.trouble, one.seen, one.lines) for one in look.found],
@@ -153,6 +155,7 @@ class _Checks:
             return  # is said with the real key
         finally:
             pool.close(at_once=True)
+        self.gateway["wrong_key"] = seen["status"]
         ttl = profile.helper_ttl.total_seconds()
         yield from gateway.of_made_up_key(seen["status"], self.seen.client, ttl)
 
@@ -170,7 +173,7 @@ class _Checks:
                 return
             for one in self.config.profiles.values():
                 yield from agent.of_connections(
-                    connected(one, where, self.place), self.seen.origins.settings
+                    one.name, connected(one, where, self.place), self.seen.origins.settings
                 )
             chosen = None if self.profile is None else self.profile.name
             found = standing_of(self.config, chosen)
@@ -199,6 +202,8 @@ def _print(found: _Checks, findings: list[Finding], done: list[tuple[Finding, st
         text = f"not mended: {one.what}: {problem}" if problem else f"mended: {one.what}"
         print(coloured(text, "red" if problem else "green"))
     lines = [*(_line(route) for route in found.routes), *_desktop(found.seen.origins.desktop)]
+    if text := _learnt(found.gateway):
+        lines.append(("gateway", text))
     if lines:
         print("requests go")
     width = max((len(name) for name, _ in lines), default=0)
@@ -232,6 +237,13 @@ def _line(route: Route) -> tuple[str, str]:
     return route.surface, f"to {url} ({where}{mode}), with {key}"
 
 
+def _learnt(gateway: Mapping[str, Any]) -> str:
+    """Say what a gateway does with keys; empty where it did not answer."""
+    said = [f"to a wrong key {gateway['wrong_key']}"] if gateway.get("wrong_key") else []
+    said += [str(gateway["key"])] if gateway.get("key") else []
+    return f"{gateway['url']}: {'; '.join(said)}" if said and "url" in gateway else ""
+
+
 def _desktop(found: Desktop | None) -> Iterator[tuple[str, str]]:
     if found is None:
         return
@@ -259,6 +271,7 @@ def _document(
             }
             for route in found.routes
         ],
+        "gateway": found.gateway,
         "findings": [_described(one) for one in findings],
         "mended": [{"id": one.id, "what": one.what, "problem": why or None} for one, why in done],
     }

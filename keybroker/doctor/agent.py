@@ -16,9 +16,11 @@ from keybroker.connect.proof import prove
 from keybroker.doctor.finding import Close, Command, Finding, Severity
 from keybroker.doctor.requests import Layer
 from keybroker.errors import ConfigError, KeybrokerError
+from keybroker.label import is_made
 
 OVERDUE = timedelta(minutes=5)  # after which a revocation that is due is said to be late
 OPEN = timedelta(hours=1)
+_SOCKETS = (paths.SOCKET, "-")
 _MODE = re.compile(r"type: chmod ([0-7]{3}) ")
 _PROGRAM = re.compile(r"^\s*ExecStart=[-@:+!|]*(?:\"([^\"]+)\"|'([^']+)'|(\S+))", re.MULTILINE)
 
@@ -60,14 +62,16 @@ def of_helper(layers: Sequence[Layer], environment: Mapping[str, str]) -> list[F
     return []
 
 
-def of_connections(connections: Sequence[Connected], layers: Sequence[Layer]) -> Iterator[Finding]:
-    """Yield what connect wrote and would write differently now."""
+def of_connections(
+    profile: str, connections: Sequence[Connected], layers: Sequence[Layer]
+) -> Iterator[Finding]:
+    """Yield what connect wrote for a profile and would write differently now."""
     gone = {one.place for one in layers if is_ours(one.helper) and _gone(one.helper or "")}
     for one in connections:
         if one.problem:
             yield Finding("outdated", f"{one.file}: {one.problem}", one.command)
         elif one.outdated and str(one.file) not in gone:
-            words = ["connect", one.surface, "--no-check"]
+            words = ["connect", one.surface, "--profile", profile, "--no-check"]
             words += [] if one.scope == "user" else ["--scope", one.scope]
             folder = one.file.parent.parent if one.scope == "local" else None
             what = f"{one.file}: {', '.join(one.outdated)} not as they should be"
@@ -105,6 +109,8 @@ def of_standing(
     for text in found.get("lost") or ():
         yield Finding("not-kept", str(text), "keybroker status", because="a new key is made for it")
     for row in found["profiles"]:
+        if is_made(row["profile"]):  # of one program, which says so itself
+            continue
         yield from _of_profile(row, failures.get(row["profile"]), now)
     for one in found.get("unconfigured") or ():
         what = f"{one['profile']} is not configured any more, and has {len(one['keys'])} keys"
@@ -164,8 +170,7 @@ def _gone(line: str) -> str:
         words = shlex.split(line)
     except ValueError:
         return ""
-    sockets = (str(paths.SOCKET), "-")
-    files = [one for one in words if one.startswith("/") and os.path.basename(one) not in sockets]
+    files = [one for one in words if one.startswith("/") and os.path.basename(one) not in _SOCKETS]
     return next((one for one in files if not os.path.exists(one)), "")
 
 
@@ -173,11 +178,22 @@ def _again(layer: Layer) -> Command | None:
     """Return what writes a layer's line anew."""
     if layer.scope == "managed" and os.geteuid() != 0:
         return None
-    scope = () if layer.scope == "user" else ("--scope", layer.scope)
-    if layer.scope not in ("user", "local", "managed"):
+    name = _profile_of(layer.helper or "")
+    if layer.scope not in ("user", "local", "managed") or not name:
         return None
+    scope = () if layer.scope == "user" else ("--scope", layer.scope)
     folder = Path(layer.place).parent.parent if layer.scope == "local" else None
-    return Command(("connect", "--no-check", *scope), folder)
+    return Command(("connect", "--profile", name, "--no-check", *scope), folder)
+
+
+def _profile_of(line: str) -> str:
+    """Return the profile that a line of ours names: it comes after the socket."""
+    try:
+        words = shlex.split(line)
+    except ValueError:
+        return ""
+    at = next((n for n, one in enumerate(words) if os.path.basename(one) in _SOCKETS), -1)
+    return words[at + 1] if 0 < at < len(words) - 1 and words[0] == "exec" else ""
 
 
 def _typed(mend: Command | None) -> str:

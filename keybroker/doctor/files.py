@@ -31,6 +31,7 @@ from keybroker.fields import read_url
 from keybroker.guidance import TTL_VARIABLE
 
 CONNECT = ("connect", "--force")
+AUTHORITIES = "NODE_EXTRA_CA_CERTS"
 DISCOVERY = "CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY"
 _LOOPBACK = re.compile(r"localhost|.*\.localhost|127(?:\.\d+){3}|::1")
 _PLAIN = re.compile(r"[0-9]{1,12}")
@@ -289,11 +290,22 @@ def _of_layers(seen: Seen) -> Iterator[Finding]:
         if layer.scope == "project":
             yield from _of_project(seen, layer)
     for layer in (*seen.origins.layers, *seen.origins.editors):
+        file = layer.env.get(AUTHORITIES, "")
+        if file and not os.access(seen.place.folder / file, os.R_OK):
+            yield Finding(
+                "certificate",
+                f"{AUTHORITIES} in {layer.place} names {shown(file)}, which cannot be read",
+                'ca = "/path/to/authority.pem" in the profile, then: keybroker connect',
+                worse=Severity.WARNING,
+                because="Node starts without it, and trusts its own list alone",
+            )
         value = layer.env.get(TTL_VARIABLE)
         if value is None or (_PLAIN.fullmatch(value) and int(value) > 0):
             continue
         mend = (
-            _reconnect(layer) if any(is_ours(one.helper) for one in seen.origins.settings) else None
+            _reconnect(seen, layer)
+            if any(is_ours(one.helper) for one in seen.origins.settings)
+            else None
         )
         yield Finding(
             "ttl",
@@ -314,7 +326,7 @@ def _of_project(seen: Seen, layer: Layer) -> Iterator[Finding]:
         or name in MODES.values()
         or name.upper().endswith("_PROXY")
         or name.startswith(USE)
-        or name in ("NODE_TLS_REJECT_UNAUTHORIZED", "NODE_EXTRA_CA_CERTS")
+        or name in ("NODE_TLS_REJECT_UNAUTHORIZED", AUTHORITIES)
     ]
     higher = [one for one in seen.origins.settings if one.scope in ("managed", "local")]
     open_ones = [one for one in names if requests.first(higher, one) is None]
@@ -474,8 +486,9 @@ def _scope(seen: Seen, layer: Layer) -> str:
     return "keybroker connect --force"
 
 
-def _reconnect(layer: Layer) -> Command | None:
-    return Command(("connect", "--no-check")) if layer.scope == "user" else None
+def _reconnect(seen: Seen, layer: Layer) -> Command | None:
+    named = () if seen.profile is None else ("--profile", seen.profile.name)
+    return Command(("connect", *named, "--no-check")) if layer.scope == "user" else None
 
 
 def _briefly(value: str) -> str:

@@ -99,7 +99,7 @@ ANTHROPIC = "https://api.anthropic.com"
 KINDS: dict[str, Kind] = {
     # where requests go
     "not-connected": Kind(
-        _ERROR, f"requests go to {ANTHROPIC} with a login, and the gateway sees none"
+        _WARNING, f"requests go to {ANTHROPIC} with a login, and the gateway sees none"
     ),
     "elsewhere": Kind(_ERROR, "requests go to another address, and the gateway sees none"),
     "export-only": Kind(
