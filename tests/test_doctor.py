@@ -794,6 +794,20 @@ def test_a_certificate_that_node_does_not_trust(user: User, tmp_path: Path) -> N
         assert user.look()["findings"] == []
 
 
+@pytest.mark.parametrize("name", ["settings.json", "settings.local.json"])
+def test_what_a_folder_brings_along_is_not_run(user: User, gateway: Plain, name: str) -> None:
+    """A line that is not ours is looked at and not run, whatever it calls itself."""
+    user.in_project(name, apiKeyHelper=f"touch {user.home}/ran # keybroker")
+    assert user.look()["requests"][0]["authorization"] == (
+        f"apiKeyHelper in {user.project}/.claude/{name}"
+    )
+    assert not (user.home / "ran").exists()
+    user.edit(lambda found: found.update(apiKeyHelper=f"touch {user.home}/ran; exit 1"))
+    shutil.rmtree(user.project / ".claude")
+    assert "helper-fails" in user.findings()
+    assert (user.home / "ran").exists()
+
+
 def test_a_header_that_is_not_read(user: User, gateway: Plain) -> None:
     """Row 2: a key in x-api-key, before a gateway that reads authorization alone."""
     gateway.reads = ("authorization",)

@@ -16,6 +16,7 @@ from keybroker.cli.status import last_failures, standing_of
 from keybroker.cli.work import configuration, state
 from keybroker.config import Config, Profile
 from keybroker.connect.connected import connected
+from keybroker.connect.line import helper_line
 from keybroker.connect.plan import Place
 from keybroker.credential import Secret
 from keybroker.doctor import agent, files, fixes, gateway, program
@@ -95,7 +96,7 @@ class _Checks:
         """Return all findings, the worst first."""
         checks: dict[str, Check] = {
             "settings": lambda: files.look(self.seen),
-            "the helper": lambda: agent.of_helper(self.seen.origins.layers, self.place.environment),
+            "the helper": self._helper,
             "keybroker": self._keybroker,
             "units": lambda: agent.of_units(self.place.environment),
         }
@@ -106,6 +107,11 @@ class _Checks:
         found = together(checks, DEEP_SECONDS if self.deep else SECONDS)
         order = list(Severity)
         return sorted(_once(found), key=lambda one: order.index(one.severity))
+
+    def _helper(self) -> Iterable[Finding]:
+        environment = self.place.environment
+        lines = [helper_line(name, environment) for name in self.seen.profiles]
+        return agent.of_helper(self.seen.origins.layers, environment, lines)
 
     def _gateway(self, profile: Profile) -> Iterator[Finding]:
         """Ask as `verify` does, with the current key."""

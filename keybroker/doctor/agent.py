@@ -4,7 +4,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,15 @@ def of_error(error: KeybrokerError) -> Finding:
     return Finding("daemon", error.message, fix, mend)
 
 
-def of_helper(layers: Sequence[Layer], environment: Mapping[str, str]) -> list[Finding]:
-    """Run the line that counts as Claude Code runs it, and say what became of it."""
+def of_helper(
+    layers: Sequence[Layer], environment: Mapping[str, str], lines: Collection[str]
+) -> list[Finding]:
+    """
+    Run the line that counts as Claude Code runs it, and say what became of it.
+
+    Args:
+        lines: Those of ours. A folder may bring its own, which is not run for a look at it.
+    """
     layer = next((one for one in layers if one.helper and not one.problem), None)
     if layer is None or layer.helper is None:
         return []
@@ -48,8 +55,10 @@ def of_helper(layers: Sequence[Layer], environment: Mapping[str, str]) -> list[F
     if is_ours(layer.helper) and (gone := _gone(layer.helper)):
         what = f"apiKeyHelper in {layer.place} names {gone}, which is not there"
         return [Finding("moved", what, _typed(again), again)]
+    if layer.scope in ("project", "local") and layer.helper not in lines:
+        return []
     settings: dict[str, str] = {}
-    for one in reversed([one for one in layers if one.scope != "process"]):
+    for one in reversed([one for one in layers if one.scope not in ("process", "project")]):
         settings.update(one.env)
     try:
         prove(layer.helper, settings, environment)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from keybroker.config import Profile
+from keybroker.connect.line import helper_line
 from keybroker.connect.organisation import is_ours
 from keybroker.connect.plan import Place
 from keybroker.connect.tokens import tokens
@@ -27,7 +28,7 @@ from keybroker.doctor.requests import (
     Part,
     Route,
 )
-from keybroker.fields import read_url
+from keybroker.fields import looks_like_key, read_url
 from keybroker.guidance import TTL_VARIABLE
 
 CONNECT = ("connect", "--force")
@@ -177,12 +178,12 @@ def _helper(seen: Seen, route: Route) -> Iterator[Finding]:
     """Yield whose helper counts, and where none is that is needed."""
     helper = route.helper
     if helper is not None:
-        if helper.scope == "project" and not is_ours(helper.helper):
+        if helper.scope == "project" and helper.helper not in _lines(seen):
             what = f"{route.surface}: apiKeyHelper is set by {helper.place}"
             yield Finding("project", what, "keybroker connect --scope local --force")
         elif not is_ours(helper.helper) and seen.profiles:
             what = f"{route.surface}: apiKeyHelper in {helper.place} is not keybroker's"
-            yield Finding("other-helper", what, _scope(seen, helper))
+            yield Finding("other-helper", what, _scope(helper))
         needs = seen.origins.is_new and route.surface == "claude"
         early = any(one.helper for one in seen.origins.settings if one.scope in ("user", "managed"))
         if needs and not early and not _env_credential(seen):
@@ -283,6 +284,7 @@ def _of_layers(seen: Seen) -> Iterator[Finding]:
                 "first-party",
                 f"{layer.place} has {' and '.join(forced)}{_at(seen)}",
                 "ask who manages this machine to take them out, or keybroker disconnect",
+                worse=Severity.WARNING if _is_before(seen, program.FORBIDS_BOTH) else None,
             )
         elif forced:
             what = f"{layer.place} has {' and '.join(forced)}"
@@ -302,18 +304,11 @@ def _of_layers(seen: Seen) -> Iterator[Finding]:
         value = layer.env.get(TTL_VARIABLE)
         if value is None or (_PLAIN.fullmatch(value) and int(value) > 0):
             continue
-        mend = (
-            _reconnect(seen, layer)
-            if any(is_ours(one.helper) for one in seen.origins.settings)
-            else None
-        )
         yield Finding(
             "ttl",
             f"{TTL_VARIABLE} in {layer.place} is {_briefly(value)}",
-            "keybroker connect --force"
-            if layer.scope != "process"
-            else _unset(TTL_VARIABLE, layer),
-            mend if layer.scope == "user" else None,
+            _unset(TTL_VARIABLE, layer) if layer.scope == "process" else _scope(layer),
+            _reconnect(seen, layer) if _ours(seen) else None,
         )
 
 
@@ -353,7 +348,7 @@ def _models(seen: Seen) -> Iterator[Finding]:
             yield Finding("models-of-another", what, f"rm {shlex.quote(str(file))}", Remove(file))
     if is_on:
         least = program.DISCOVERS_WITH_HELPER if route.helper else program.DISCOVERS
-        if client is not None and client.version is not None and client.version < least:
+        if _is_before(seen, least):
             what = f"discovery is on, and {client} has it from {program.said(least)} on"
             yield Finding("old-discovery", what, "claude update")
         if route.mode:
@@ -413,9 +408,18 @@ def _layers(seen: Seen, route: Route) -> Sequence[Layer]:
     return (*seen.origins.settings, *seen.origins.editors)
 
 
+def _lines(seen: Seen) -> list[str]:
+    return [helper_line(name, seen.place.environment) for name in seen.profiles]
+
+
 def _ours(seen: Seen) -> bool:
     """Say whether a helper of ours is connected to Claude Code."""
     return any(is_ours(one.helper) for one in seen.origins.settings)
+
+
+def _is_before(seen: Seen, version: program.Version) -> bool:
+    known = None if seen.client is None else seen.client.version
+    return known is not None and known < version
 
 
 def _at(seen: Seen) -> str:
@@ -474,10 +478,10 @@ def _put_right(seen: Seen, route: Route) -> str:
         return "ask who manages this machine; what the organisation has set beats all others"
     if route.surface == "vscode" and layer.scope == "process":
         return "keybroker connect vscode --force"
-    return _scope(seen, layer)
+    return _scope(layer)
 
 
-def _scope(seen: Seen, layer: Layer) -> str:
+def _scope(layer: Layer) -> str:
     """Return the command that writes over what a layer has."""
     if layer.scope in ("local", "project"):
         return "keybroker connect --scope local --force"
@@ -492,4 +496,5 @@ def _reconnect(seen: Seen, layer: Layer) -> Command | None:
 
 
 def _briefly(value: str) -> str:
-    return repr(value) if len(value) <= 20 and value.isprintable() else "something else"
+    plain = len(value) <= 12 and value.isprintable() and not looks_like_key(value)
+    return repr(value) if plain else "something else"

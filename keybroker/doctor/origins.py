@@ -164,7 +164,12 @@ def layer(scope: str, place: str, values: Mapping[str, Any], **more: Any) -> Lay
 def shown(address: str) -> str:
     """Return an address that may be shown: what may be a key or a password is not."""
     text = address.strip()
-    if looks_like_key(text) or "@" in text or not text.isprintable() or len(text) > 200:
+    if (
+        any(map(looks_like_key, text.split("/")))
+        or "@" in text
+        or not text.isprintable()
+        or len(text) > 200
+    ):
         return "…"
     return text.partition("?")[0].partition("#")[0]
 
