@@ -27,7 +27,7 @@ from keybroker.doctor.together import Check, together
 from keybroker.errors import KeybrokerError
 from keybroker.pool import Pool, variables
 
-SECONDS = 15.0
+SECONDS = 20.0
 DEEP_SECONDS = 60.0
 ANSWER = timedelta(seconds=6)  # the longest that one answer of the gateway may take
 STATUS = {Severity.ERROR: 78, Severity.WARNING: 75, Severity.NOTE: 0}
