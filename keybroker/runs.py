@@ -13,7 +13,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-from keybroker.config import SOURCES, Config, Profile, read_profile
+from keybroker.config import SOURCES, Config, Profile, only_one, read_profile
 from keybroker.document import Where
 from keybroker.errors import ConfigError, NobodyAnswers, NotReady
 from keybroker.fields import show_duration
@@ -92,7 +92,7 @@ def made(profile: Profile, name: str, limits: Limits) -> Profile:
             cannot do.
     """
     known, old = SOURCES[profile.type], profile.source
-    raw = {key: value for key, value in profile.raw.items() if key != "publish"}
+    raw = {k: value for k, value in profile.raw.items() if k not in ("publish", "export")}
     source = raw["source"] = dict(raw["source"])
     if profile.kind is Kind.MINTED:
         ttl = limits.ttl or min(TTL, old["lifetime"])
@@ -229,6 +229,7 @@ class Runs:
         if len(profiles) == len(config.profiles):
             return config
         default = config.default
-        if default is None and len(config.profiles) == 1:  # it is still the one that is meant
-            default = next(iter(config.profiles))
+        only = only_one(config.profiles.values())
+        if default is None and only is not None:  # it is still the one that is meant
+            default = only.name
         return replace(config, profiles=profiles, default=default)

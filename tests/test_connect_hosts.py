@@ -79,6 +79,16 @@ def test_two_of_them_are_taken_back_one_by_one(user: Resident) -> None:
     assert user.file.read_text() == before
 
 
+def test_a_profile_of_its_own_has_none_of_its_own(user: Resident) -> None:
+    """One for Cursor is not copied once more."""
+    user.cli("connect", "cursor")
+    before = user.file.read_text()
+    status, said, wrong = user.cli("connect", "cursor", "--profile", "work-cursor")
+
+    assert (status, said, user.file.read_text()) == (78, "", before)
+    assert "work-cursor: is already one for a program that runs no helper" in wrong
+
+
 def test_cursor_changes_no_file_of_cursors(user: Resident) -> None:
     """Only the configuration is another."""
     user.cli("connect", "cursor")

@@ -20,6 +20,7 @@ from keybroker.credential import Secret
 from keybroker.devgateway import DevGateway
 from keybroker.errors import CacheError
 from keybroker.paths import KEYS, Disk
+from tests.canaries import Canaries, Gateway
 from tests.crash import resident as crash
 from tests.resident import Resident, until
 from tests.servers.faults import Faults, PauseResponse, Status
@@ -309,6 +310,27 @@ def test_whoever_dies_of_it_the_file_is_right(gateway: DevGateway, when: str, wh
 
         assert reader.dead == []
         assert os.listdir(file.parent) == ["work"]
+
+
+def test_the_key_is_in_its_file_and_in_no_other(resident: Resident) -> None:
+    """Nor in what the daemon and commands say, through a rotation and a crash of the daemon."""
+    canaries = Canaries()
+    with Gateway(canaries) as gateway:
+        resident.environment["ADMIN"] = gateway.master_key
+        resident.configure(profile(gateway.url))
+        resident.start()
+        file = file_of(resident)
+        until(file.exists)
+        first = held(file)
+        said = "".join((*resident.cli("rotate", "work")[1:], *resident.cli("status")[1:]))
+        until(lambda: held(file) not in ("", first))
+        resident.kill()
+        resident.start()
+        until(lambda: held(file) == resident.key("work"))
+
+        assert len(gateway.minted) >= 2
+        assert canaries.below(resident.home.path, {file: "minted"}) == []
+        assert canaries.seen_in(said) == []
 
 
 def test_a_key_that_cannot_be_read_just_now_stays(tmp_path: Path) -> None:

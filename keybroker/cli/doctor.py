@@ -14,7 +14,7 @@ from keybroker.cli.base import coloured, for_profile, print_json, progress
 from keybroker.cli.look import Look, models, took
 from keybroker.cli.status import last_failures, standing_of
 from keybroker.cli.work import configuration, state
-from keybroker.config import Config, Profile
+from keybroker.config import Config, Profile, only_one
 from keybroker.connect.connected import connected
 from keybroker.connect.line import helper_line
 from keybroker.connect.plan import Place
@@ -76,7 +76,8 @@ class _Checks:
         self.profile: Profile | None = None
         try:
             self.config = configuration()
-            if profile is not None or len(self.config.profiles) == 1 or self.config.default:
+            known = self.config.profiles.values()
+            if profile is not None or only_one(known) is not None or self.config.default:
                 self.profile = self.config.profile(profile)
         except KeybrokerError as error:
             if profile is not None and self.config is not None:

@@ -59,8 +59,13 @@ def own(profile: Profile, place: Place, surface: str, export: str, lifetime: tim
         lifetime: The longest that a key of it may live; a third of that is its hold.
 
     Raises:
-        ConfigError: It cannot be added, or is there and exports nothing.
+        ConfigError: It cannot be added, or is there and exports nothing; or this is such a one.
     """
+    if profile.export != "none":
+        raise ConfigError(
+            f"{profile.name}: is already one for a program that runs no helper",
+            hint=f"name another: keybroker connect {surface} --profile PROFILE",
+        )
     files = paths.config_files(place.environment)
     document = read(files)
     profiles = document.tables.get("profiles", {})
