@@ -393,7 +393,7 @@ class Config:
                 return self.profiles[name]
             if is_made(name):
                 raise ConfigError(f"{name}: {ENDED}", hint="keybroker run -- PROGRAM")
-            hint = f"profiles: {known}" if known else "see `keybroker config path`"
+            hint = f"profiles: {known}" if known else "keybroker init"
             raise ConfigError(f"config: no profile {name[:32]!r}", hint=hint)
         if self.default is not None:
             return self.profiles[self.default]
@@ -429,7 +429,7 @@ def _aws_issuer(account: aws.Account, settings: Mapping[str, Any]) -> Issuer:
 
 
 def _no_profile(files: Sequence[Path]) -> str:
-    return f"write [profiles.work] into {files[-1]}" if files else "see `keybroker config path`"
+    return f"write [profiles.work] into {files[-1]}" if files else "keybroker init"
 
 
 def origin(url: str) -> str:

@@ -214,7 +214,7 @@ def test_get_without_configuration_says_where_it_goes(cli: Cli) -> None:
     assert cli("get") == (
         78,
         "",
-        "keybroker: config: no profile is configured; see `keybroker config path`\n",
+        "keybroker: config: no profile is configured; keybroker init\n",
     )
 
 

@@ -457,8 +457,8 @@ def test_a_profile_is_named_or_the_only_one_or_the_default(
 @pytest.mark.parametrize(
     ("text", "name", "said", "hint"),
     [
-        ("", None, "config: no profile is configured", "see `keybroker config path`"),
-        ("", "work", "config: no profile 'work'", "see `keybroker config path`"),
+        ("", None, "config: no profile is configured", "keybroker init"),
+        ("", "work", "config: no profile 'work'", "keybroker init"),
         (WORK, "wrok", "config: no profile 'wrok'", "profiles: work"),
         (
             f"{WORK}{WORK.replace('work', 'home')}",

@@ -87,9 +87,10 @@ def keybroker() -> None:
     """Keys for an LLM gateway: minted, verified, handed out, rotated and revoked.
 
     \b
-    keybroker demo          see it work, with a gateway of its own
-    keybroker config path   where your configuration goes
-    keybroker status        how your keys stand
+    keybroker demo      see it work, with a gateway of its own
+    keybroker init      set up your own gateway
+    keybroker connect   set up Claude Code to use it
+    keybroker status    how your keys stand
     """
 
 

@@ -55,7 +55,7 @@ def demo_command(keep: bool) -> None:
         if keep:
             _keep(stage)
         stage.end()
-    print("\nNothing is left behind. Your own gateway: keybroker config path")
+    print("\nNothing is left behind. Your own gateway: keybroker init")
 
 
 @dataclass(slots=True)

@@ -110,8 +110,10 @@ def _read(at: Desk, profile: Profile) -> tuple[Credential, str]:
 
 def _described(credential: Credential) -> tuple[Credential, str]:
     lease = credential.lease
-    ends = "no end" if lease.expires_at is None else in_words(lease.expires_at - lease.issued_at)
-    return credential, f"key {credential.secret.fingerprint}, lives {ends}"
+    ends = "has no end"
+    if lease.expires_at is not None:
+        ends = f"lives {in_words(lease.expires_at - lease.issued_at)}"
+    return credential, f"key {credential.secret.fingerprint}, {ends}"
 
 
 def _verify(at: Desk, profile: Profile, credential: Credential) -> tuple[str, str]:
