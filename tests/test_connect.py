@@ -257,7 +257,12 @@ def test_one_file_has_one_profile_and_another_goes_to_a_project(desk: Desk) -> N
     assert "'side'" in desk.value(local)["apiKeyHelper"]
     assert "'work'" in desk.value()["apiKeyHelper"]
     assert f"removed  {local}" in desk.does("disconnect", "--profile", "side")
-    assert desk.does("disconnect", "--scope", "local") == "nothing is connected\n"
+    said = desk.does("disconnect", "--scope", "local")
+    assert said == (
+        "nothing of that is connected, but:\n"
+        "  keybroker disconnect claude --profile work --scope user\n"
+    )
+    assert "config: no profile 'wrok'" in desk.refuses("disconnect", "--profile", "wrok")
     assert f"removed  {desk.settings}" in desk.does("disconnect", "claude", "--scope", "user")
 
 
@@ -433,7 +438,12 @@ def test_a_machine_is_written_for_all_its_users(desk: Desk, system: str) -> None
     assert {stat.S_IMODE(one.stat().st_mode) for one in out.rglob("*/")} == {0o755}
     assert [path.name for path in file.parent.iterdir()] == ["50-keybroker.json"]
     assert desk.resident.owner() is None
-    desk.does("disconnect")
+    said = desk.does("status")
+    assert f"connected    claude, {file}\n" in said
+    assert "settings     " not in said
+    assert desk.does("disconnect").startswith("nothing of that is connected, but:\n")
+    assert file.exists()
+    desk.does("disconnect", "--scope", "managed")
     assert not out.exists()
 
 
@@ -480,6 +490,104 @@ def test_what_makes_no_sense_for_a_machine_is_refused(
     before = desk.files()
     assert said in desk.refuses("connect", *words)
     assert desk.files() == before
+
+
+def test_what_was_handed_out_is_made_anew_as_it_was_typed(desk: Desk) -> None:
+    """The command of `status` has all of it; a folder that went where it was meant to is fine."""
+    out = desk.home / "an image"
+    words = ("--for", "macos", "--output", str(out), "--installed-in", "/opt/kb")
+    desk.does("connect", *words)
+    desk.configure(helper_ttl='"30s"')
+    typed = f"--scope managed --for macos --output '{out}' --installed-in /opt/kb"
+    command = f"keybroker connect claude --profile work {typed}"
+    assert f"env.{TTL}; type: {command}\n" in desk.does("status")
+    desk.does(*shlex.split(command)[1:])
+    assert "type: " not in desk.does("status")
+    out.rename(desk.home / "sent")
+    assert "settings     " not in desk.does("status")
+
+
+# keys that would be sent instead
+
+
+THEIRS = "sk-theirs-0123456789abcdef"
+TAKE_OUT = "keybroker connect --profile work --take-out-keys"
+
+
+def test_a_dry_run_says_what_would_be_taken_out_and_what_is_refused(desk: Desk) -> None:
+    """With the command; nothing is changed by it, and no key is shown."""
+    desk.put(json.dumps({"env": {"ANTHROPIC_AUTH_TOKEN": THEIRS}}))
+    desk.put(f"export ANTHROPIC_API_KEY={THEIRS}\n", desk.home / ".bashrc")
+    before = desk.files()
+    done = desk.type("connect", "--dry-run")
+    assert f"note: connecting is refused without --take-out-keys: {TAKE_OUT}\n" in done.stderr
+    assert f"the helper's key; to take it out: {TAKE_OUT}\n" in done.stderr
+    done = desk.type("connect", "--dry-run", "--take-out-keys")
+    assert done.stderr.count("would take ") == 2
+    assert f"would take ANTHROPIC_API_KEY out of {desk.home}/.bashrc, for good\n" in done.stderr
+    assert THEIRS not in done.stdout + done.stderr
+    assert "refused" not in done.stderr
+    assert desk.files() == before
+
+
+def test_keys_are_taken_out_when_the_helper_was_seen_to_work(desk: Desk) -> None:
+    """
+    Before that all of them stay, and it is said.
+
+    Shells that are open have theirs still, which is the first thing to do something about. The
+    restore is exact, of the file without the key.
+    """
+    desk.put(json.dumps({"env": {"ANTHROPIC_AUTH_TOKEN": THEIRS}}))
+    desk.put(f"# a\nexport ANTHROPIC_AUTH_TOKEN={THEIRS}\n", desk.home / ".bashrc")
+    words = ("connect", "--take-out-keys")
+    said = desk.refuses(*words, status=75, ADMIN="sk-wrong-0123456789")
+    assert "connected, but the helper ended with status 77" in said
+    assert said.splitlines()[0].endswith("; no key was taken out")
+    assert desk.value()["env"]["ANTHROPIC_AUTH_TOKEN"] == THEIRS
+    desk.does("daemon", "--stop")
+
+    done = desk.type(*words)
+    assert f"took ANTHROPIC_AUTH_TOKEN out of {desk.settings}\n" in done.stderr
+    assert "  1. unset ANTHROPIC_AUTH_TOKEN or open a new shell" in done.stdout
+    assert (desk.home / ".bashrc").read_text() == "# a\n"
+    assert list(desk.value()["env"]) == ["ANTHROPIC_BASE_URL", TTL]
+    assert "byte for byte" in desk.does("disconnect")
+    assert desk.value() == {"env": {}}
+
+
+@pytest.mark.parametrize("scope", ["local", "managed"])
+def test_what_is_set_to_nothing_there_is_not_in_the_way(desk: Desk, scope: str) -> None:
+    """As the real client was seen to take it; a key of the user's own stays where it is."""
+    pasted = desk.put(json.dumps({"env": {"ANTHROPIC_AUTH_TOKEN": THEIRS}}))
+    words = ["connect", "--no-check", "--scope", scope]
+    out = ["--output", str(desk.home / "out"), "--installed-in", "/opt/kb"]
+    done = desk.type(*words, *(out if scope == "managed" else []), ANTHROPIC_API_KEY=THEIRS)
+    assert done.rc == 0
+    assert "instead of the helper's key" not in done.stderr
+    assert desk.settings.read_bytes() == pasted
+
+
+def test_a_key_in_the_file_that_is_written_is_in_no_record_of_it(desk: Desk) -> None:
+    """It gives way to nothing, after it was taken out: it does not come back."""
+    local = desk.project / ".claude/settings.local.json"
+    desk.put(json.dumps({"env": {"ANTHROPIC_AUTH_TOKEN": THEIRS}}), local)
+    words = ("connect", "--no-check", "--scope", "local")
+    command = "keybroker connect --profile work --scope local --take-out-keys"
+    assert f"hint: take it out, or: {command}" in desk.refuses(*words)
+    desk.does(*words, "--take-out-keys")
+    assert desk.value(local)["env"]["ANTHROPIC_AUTH_TOKEN"] == ""
+    assert THEIRS not in json.dumps(desk.record())
+    desk.does("disconnect")
+    assert desk.value(local) == {"env": {}}
+
+
+def test_a_profile_in_place_of_a_surface_is_known_for_one(desk: Desk) -> None:
+    """With what is to be typed."""
+    for command in ("connect", "disconnect"):
+        done = desk.type(command, "work")
+        assert (done.rc, done.stdout) == (2, "")
+        assert "work is a profile, and is named by --profile work" in done.stderr
+    assert "is not one of" in desk.type("connect", "wrok").stderr
 
 
 # what is shown

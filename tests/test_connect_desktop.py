@@ -364,7 +364,7 @@ def test_macos_gets_preferences_and_a_profile(user: Resident, gateway: DevGatewa
     pack(user, "macos", "/opt/keybroker")
     assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == first
     assert user.cli("status")[0] == 0
-    assert user.cli("disconnect")[0] == 0
+    assert user.cli("disconnect", "--scope", "managed")[0] == 0
     assert not output.exists()
 
 

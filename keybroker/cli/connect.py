@@ -3,7 +3,8 @@
 import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from keybroker.connect.own import added_in
 from keybroker.connect.plan import Keys, Piece, Place, Plan
 from keybroker.connect.proof import prove, prove_file
 from keybroker.connect.record import FILE, Entry, Record, file_of
-from keybroker.connect.tokens import Found, tokens
+from keybroker.connect.tokens import VARIABLES, Found, tokens
 from keybroker.connect.tokens import take_out as remove
 from keybroker.errors import ConfigError, KeybrokerError
 from keybroker.values import replace
@@ -34,7 +35,22 @@ DRY_RUN = click.option("--dry-run", is_flag=True, help="Show what would change; 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 REVOKE_SECONDS = 25.0
 INSTEAD = "that is sent instead of the helper's key"
-SURFACE = click.Choice(list(SURFACES))
+
+
+class _Surface(click.Choice[str]):
+    """A surface; of what is a profile's name, how that is typed is said."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in self.choices:
+            with suppress(KeybrokerError):
+                if value in configuration().profiles:
+                    self.fail(
+                        f"{value} is a profile, and is named by --profile {value}", param, ctx
+                    )
+        return super().convert(value, param, ctx)
+
+
+SURFACE = _Surface(list(SURFACES))
 
 
 @click.command("connect")
@@ -171,13 +187,14 @@ class _Job:
                 print(f"note: {text}", file=sys.stderr)
         record = Record.read(paths.state_directory(os.environ) / FILE)
         done = [self._work_out(piece, record) for piece in plan.pieces]  # before any is written
-        if not alone:
-            self._clear(take_out=take_out, dry_run=dry_run)
-        if not dry_run:
-            done = [self._write(piece) for piece in plan.pieces]
+        going = [] if alone else self._pasted(plan, take_out=take_out, dry_run=dry_run)
+        stale = [] if alone else self._stale(plan, going)
         tried = None
-        if check and not dry_run and plan.line is not None:
-            tried = _prove(plan, self.place)
+        if not dry_run:
+            done = [self._write(piece) for piece in _without(plan.pieces, going)]
+            if check and plan.line is not None:
+                tried = _prove(plan, self.place, keeps=bool(going))
+            self._take_out(going, plan)
         if as_json:
             files = [_described(one) for one in done]
             print_json({"surface": self.surface, "files": files, "key": tried, "text": plan.text})
@@ -194,31 +211,69 @@ class _Job:
             print(f"{guidance.TTL_VARIABLE}: {guidance.ttl_reason(self.profile)}")
         if plan.after:
             print("\nnow:")
-            for number, text in enumerate(plan.after, 1):
+            shell = f"unset {' '.join(stale)} or open a new shell, where it runs" if stale else ""
+            for number, text in enumerate(filter(None, (shell, *plan.after)), 1):
                 print(f"  {number}. {text}")
 
-    def _clear(self, *, take_out: bool, dry_run: bool) -> None:
+    def _pasted(self, plan: Plan, *, take_out: bool, dry_run: bool) -> list[Found]:
         """
-        Say which keys would be sent instead of ours, and take out those that may go.
+        Say which keys would be sent instead of ours; return those that are to be taken out.
+
+        What the plan sets to nothing counts no more, unless it stands in the file itself: what
+        that had is recorded, and a key may not be.
 
         Raises:
             ConfigError: One of Claude Code's settings files has one, and it stays.
         """
-        for name in ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY"):
-            if self.place.environment.get(name):
-                print(f"note: {name} is set here, and {INSTEAD}; unset it", file=sys.stderr)
+        own = [piece.file for piece in plan.pieces]
+        going: list[Found] = []
         for found in tokens(self.place.environment, self.place.folder):
-            print(f"note: {found.place} sets {found.variable}, and {INSTEAD}", file=sys.stderr)
-            if dry_run:
+            if found.variable in _pinned(plan) and found.path not in own:
                 continue
-            if found.alone and (take_out or _agreed(found)):
-                remove(found)
-                print(f"took {found.variable} out of {found.path}", file=sys.stderr)
+            goes = found.alone and (take_out or (not dry_run and _agreed(found)))
+            line = f"{found.place} sets {found.variable}, and {INSTEAD}"
+            if not goes and not found.is_settings:
+                line += f"; to take it out: {self._again()}" if found.alone else "; take it out"
+            print(f"note: {line}", file=sys.stderr)
+            if goes:
+                going.append(found)
+            elif found.is_settings and dry_run:
+                unless = f" without --take-out-keys: {self._again()}" if found.alone else ""
+                print(f"note: connecting is refused{unless}", file=sys.stderr)
             elif found.is_settings:
                 raise ConfigError(
                     f"connect: {found.place}: has {found.variable}, and {INSTEAD}",
-                    hint="take it out, or: keybroker connect --take-out-keys",
+                    hint=f"take it out, or: {self._again()}",
                 )
+            if goes and dry_run:
+                print(f"would take {_line_of(found)}, for good", file=sys.stderr)
+        return going
+
+    def _stale(self, plan: Plan, going: list[Found]) -> list[str]:
+        """Return what shells that are open have of such keys."""
+        here = [name for name in VARIABLES if self.place.environment.get(name)]
+        here = [name for name in here if name not in _pinned(plan)]
+        for name in here:
+            print(f"note: {name} is set here, and {INSTEAD}; unset it", file=sys.stderr)
+        gone = [one.variable for one in going if not one.is_settings]
+        return list(dict.fromkeys([*here, *gone]))
+
+    def _take_out(self, going: list[Found], plan: Plan) -> None:
+        """Take keys out, last of all; then it is recorded as if they had never been there."""
+        for found in going:
+            remove(found)
+            print(f"took {_line_of(found)}", file=sys.stderr)
+        for piece in plan.pieces if going else ():
+            self._write(piece)
+
+    def _again(self) -> str:
+        """Return the command that takes keys out, whatever else was typed of it."""
+        words = ["keybroker connect"]
+        words += [] if self.surface == "claude" else [self.surface]
+        words += [f"--profile {self.profile.name}"]
+        words += [] if self.scope == "user" else [f"--scope {self.scope}"]
+        words += ["--force"] if self.force else []
+        return " ".join([*words, "--take-out-keys"])
 
     def _look_around(self, *, quiet: bool) -> None:
         """Say what the organisation has set, and change nothing over it unless told to."""
@@ -242,6 +297,7 @@ class _Job:
             scope=self.scope,
             follow=self.follow,
             force=self.force,
+            made_for=self.place.made_for,
         )
 
     def _write(self, piece: Piece) -> edit.Change:
@@ -265,12 +321,16 @@ def disconnect_command(
     """Take back what connect wrote: all of it, or that of each SURFACE.
 
     A file that nobody changed since becomes what it was, byte for byte. In others our keys are
-    taken out, and what they replaced is put back.
+    taken out, and what they replaced is put back. What was written to be handed out to other
+    machines is removed by --scope managed alone.
     """
     done: list[edit.Change] = []
     problems: list[KeybrokerError] = []
     ended: list[str] = []  # profiles that were added for a surface
     with Record.open(state()) as record:
+        there = list(record.files.values())
+        if profile is not None and all(one.profile != profile for one in there):
+            configuration().profile(profile)  # it may be a slip
         for name, entry in reversed(list(record.files.items())):
             if _is_meant(entry, surfaces, profile, scope):
                 try:
@@ -288,7 +348,9 @@ def disconnect_command(
         for one in done:
             print(_diff(one) if dry_run else _said(one))
         if not done and not problems:
-            print("nothing is connected")
+            print("nothing is connected" if not there else "nothing of that is connected, but:")
+            for name in dict.fromkeys(_named(one) for one in there):
+                print(f"  {name}")
         for name, text in said.items():
             print(f"{name}: {text}")
     for problem in problems[:-1]:
@@ -304,7 +366,13 @@ def _is_meant(
         (not surfaces or entry.surface in surfaces)
         and profile in (None, entry.profile)
         and scope in (None, entry.scope)
+        and (scope is not None or not entry.is_handed_out)
     )
+
+
+def _named(entry: Entry) -> str:
+    """Return what takes one back, as it is typed."""
+    return f"keybroker disconnect {entry.surface} --profile {entry.profile} --scope {entry.scope}"
 
 
 def _take_back(name: str, record: Record, *, dry_run: bool) -> edit.Change:
@@ -334,7 +402,26 @@ def _agreed(found: Found) -> bool:
     return sys.stdin.isatty() and click.confirm(question, err=True)
 
 
-def _prove(plan: Plan, place: Place) -> str:
+def _pinned(plan: Plan) -> list[str]:
+    """Return the variables for a key that the plan sets to nothing, whoever else sets them."""
+    return [name for name in VARIABLES if plan.environment.get(name) == ""]
+
+
+def _line_of(found: Found) -> str:
+    return f"{found.variable} out of {found.path}"
+
+
+def _without(pieces: Sequence[Piece], going: Sequence[Found]) -> Iterator[Piece]:
+    """Yield what is written while keys are there yet: in place of none, so none is recorded."""
+    for piece in pieces:
+        there = {("env", one.variable) for one in going if one.path == piece.file}
+        if isinstance(piece, Keys) and there:
+            values = {path: value for path, value in piece.values.items() if path not in there}
+            piece = replace(piece, values=values)
+        yield piece
+
+
+def _prove(plan: Plan, place: Place, *, keeps: bool) -> str:
     """Run the line with the daemon up and with it down, which starts one."""
     assert plan.line is not None, "there is something to try"
     try:
@@ -348,7 +435,7 @@ def _prove(plan: Plan, place: Place) -> str:
                 prove_file(plan.key, second)
     except KeybrokerError as error:
         raise type(error)(
-            f"connected, but {error.message}",
+            f"connected, but {error.message}" + ("; no key was taken out" if keeps else ""),
             hint=error.hint or "keybroker status; to take it back: keybroker disconnect",
         ) from None
     return first

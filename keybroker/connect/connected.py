@@ -1,8 +1,10 @@
 """What is connected to a profile, and what of it is not what it should be any more."""
 
 import shlex
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from keybroker.config import Profile
 from keybroker.connect import claude, edit, files, surface
@@ -11,6 +13,8 @@ from keybroker.connect.record import FILE, Entry, Record
 from keybroker.errors import KeybrokerError
 from keybroker.settings import Document, SettingsInvalid
 
+_OPTIONS = {"system": "--for", "output": "--output", "installed_in": "--installed-in"}
+
 
 @dataclass(frozen=True, slots=True)
 class Connected:
@@ -18,6 +22,7 @@ class Connected:
     One file that has our settings.
 
     Attributes:
+        made_for: What was typed of the machines that it is for, if they are others.
         outdated: The keys that connecting again would change.
         problem: Why that cannot be told.
     """
@@ -25,16 +30,19 @@ class Connected:
     file: Path
     surface: str
     scope: str
+    profile: str
+    made_for: Mapping[str, str]
     outdated: tuple[str, ...] = ()
     problem: str = ""
 
     @property
     def command(self) -> str:
         """What is to be typed, and where, to mend it."""
-        scope = "" if self.scope == "user" else f" --scope {self.scope}"
+        words = ["keybroker connect", self.surface, f"--profile {self.profile}"]
+        words += [] if self.scope == "user" else [f"--scope {self.scope}"]
+        words += [f"{_OPTIONS[k]} {shlex.quote(v)}" for k, v in self.made_for.items()]
         folder = shlex.quote(str(self.file.parent.parent))
-        place = f"cd {folder}; " if self.scope == "local" else ""
-        return f"{place}keybroker connect {self.surface}{scope}"
+        return f"{f'cd {folder}; ' if self.scope == 'local' else ''}{' '.join(words)}"
 
 
 def connected(profile: Profile, state: Path, place: Place) -> list[Connected]:
@@ -50,19 +58,26 @@ def connected(profile: Profile, state: Path, place: Place) -> list[Connected]:
 
 
 def _looked_at(file: Path, entry: Entry, profile: Profile, place: Place) -> Connected:
+    found = Connected(file, entry.surface, entry.scope, profile.name, entry.made_for)
+    if entry.is_handed_out and not file.exists():
+        return found  # it went where it was made for
     if entry.scope == "local":
-        place = Place(place.environment, file.parent.parent, place.system)
+        place = replace(place, folder=file.parent.parent)
+    place = replace(place, **_typed(entry.made_for))
     try:
         plan: Plan = surface(entry.surface).plan(profile, place, entry.scope)
         piece = next((one for one in plan.pieces if one.file == file), None)
         if isinstance(piece, Keys) and claude.has_status_line(entry):
             piece = claude.with_status_line(piece, profile.name, place)
-        outdated = () if piece is None else _outdated(piece, entry)
+        return found if piece is None else replace(found, outdated=_outdated(piece, entry))
     except KeybrokerError as error:
-        return Connected(file, entry.surface, entry.scope, problem=error.message)
+        return replace(found, problem=error.message)
     except SettingsInvalid as error:
-        return Connected(file, entry.surface, entry.scope, problem=f"{file}:{error}")
-    return Connected(file, entry.surface, entry.scope, outdated)
+        return replace(found, problem=f"{file}:{error}")
+
+
+def _typed(made_for: Mapping[str, str]) -> dict[str, Any]:
+    return {k: Path(v) if k == "output" else v for k, v in made_for.items()}
 
 
 def _outdated(piece: Piece, entry: Entry) -> tuple[str, ...]:

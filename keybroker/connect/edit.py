@@ -52,6 +52,7 @@ def to_connect(
     scope: str,
     follow: bool = False,
     force: bool = False,
+    made_for: Mapping[str, str] | None = None,
 ) -> Change:
     """
     Work out what connects one file, as if it had not been connected before.
@@ -67,7 +68,8 @@ def to_connect(
     if old is not None and old.profile != profile and not force:
         raise ConfigError(
             f"{piece.file}: is connected to the profile {old.profile}",
-            hint=f"keybroker disconnect {old.surface}, or --force; or another --scope",
+            hint=f"keybroker disconnect {old.surface} --scope {old.scope}, or --force; or another "
+            "--scope",
         )
     if isinstance(piece, Keys) and piece.lent_by is not None and old is not None:
         if old.surface not in (surface, piece.lent_by):
@@ -76,6 +78,7 @@ def to_connect(
     kind = {Keys: "keys", Line: "line", Whole: "whole"}[type(piece)]
     follow = follow or (old is not None and old.follow)
     entry = Entry(kind, surface, profile, scope, now(), None, None, follow=follow)
+    entry = replace(entry, made_for=made_for or {})
     if isinstance(piece, Whole):
         change = _with_whole(piece, target, entry, old, force=force)
     elif isinstance(piece, Line):

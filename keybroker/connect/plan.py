@@ -37,6 +37,14 @@ class Place:
         return cls(**{"environment": os.environ, "folder": Path.cwd(), "system": system, **changes})
 
     @property
+    def made_for(self) -> dict[str, str]:
+        """What was typed of the machines that it is for; empty where they are this one."""
+        system = None if self.system == SYSTEMS.get(sys.platform, "linux") else self.system
+        output = None if self.output is None else str(self.output)
+        typed = {"system": system, "output": output, "installed_in": self.installed_in}
+        return {name: value for name, value in typed.items() if value is not None}
+
+    @property
     def home(self) -> Path:
         """
         Return the home directory.

@@ -9,6 +9,9 @@
 recorded under the file's name, a line break, and the line: others of ours may be in it. No copy
 of what somebody else wrote is kept, for secrets may be in it, but for what we took the place of.
 
+What was made for other machines has `made_for`: {"system": "macos", "output": "/tmp/out", …}, as
+it was typed, so that it can be looked at in the same way. It counts for nothing here.
+
 `coming` has what is about to be done. Whoever reads it next looks if it was.
 """
 
@@ -56,6 +59,12 @@ class Entry:
     folders: tuple[str, ...] = ()
     was: str | None = None  # of a whole file that was replaced
     follow: bool = False
+    made_for: Mapping[str, str] = field(default_factory=dict)  # see `Place.made_for`
+
+    @property
+    def is_handed_out(self) -> bool:
+        """Whether it is a file for other machines, which nothing reads here."""
+        return "output" in self.made_for or "system" in self.made_for
 
 
 def file_of(name: str) -> Path:
