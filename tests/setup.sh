@@ -20,6 +20,9 @@ missing_packages() {
     { echo '#include <stdio.h>' | cc -E -; } >/dev/null 2>&1 || echo gcc libc6-dev
     have musl-gcc || echo musl-tools
     have curl || echo curl
+    have git || echo git
+    have fish || echo fish
+    have unshare || echo util-linux
     { [ -x /usr/sbin/nginx ] && [ -e /usr/lib/nginx/modules/ngx_http_modsecurity_module.so ]; } ||
         echo nginx libnginx-mod-http-modsecurity
     [ -d /usr/share/modsecurity-crs/rules ] || echo modsecurity-crs
