@@ -581,6 +581,19 @@ def test_a_key_in_the_file_that_is_written_is_in_no_record_of_it(desk: Desk) -> 
     assert desk.value(local) == {"env": {}}
 
 
+def test_a_project_s_committed_file_is_never_written_and_stops_nobody(desk: Desk) -> None:
+    """What beats it is said: a checkout's token counts in its own folder alone."""
+    committed = desk.project / ".claude/settings.json"
+    data = desk.put(json.dumps({"env": {"ANTHROPIC_AUTH_TOKEN": THEIRS}}), committed)
+    done = desk.type("connect", "--no-check", "--take-out-keys")
+    assert done.rc == 0
+    said = f"{committed}:1 sets ANTHROPIC_AUTH_TOKEN, and in this folder that is sent instead"
+    assert f"note: {said} of the helper's key; keybroker connect --scope local" in done.stderr
+    assert THEIRS not in done.stdout + done.stderr
+    assert committed.read_bytes() == data
+    assert "apiKeyHelper" in desk.value()
+
+
 def test_a_profile_in_place_of_a_surface_is_known_for_one(desk: Desk) -> None:
     """With what is to be typed."""
     for command in ("connect", "disconnect"):

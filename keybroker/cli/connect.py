@@ -220,7 +220,7 @@ class _Job:
         Say which keys would be sent instead of ours; return those that are to be taken out.
 
         What the plan sets to nothing counts no more, unless it stands in the file itself: what
-        that had is recorded, and a key may not be.
+        that had is recorded, and a key may not be. A project's committed file is never written.
 
         Raises:
             ConfigError: One of Claude Code's settings files has one, and it stays.
@@ -229,6 +229,10 @@ class _Job:
         going: list[Found] = []
         for found in tokens(self.place.environment, self.place.folder):
             if found.variable in _pinned(plan) and found.path not in own:
+                continue
+            if found.path == claude.committed_file(self.place):  # others have it too
+                line = f"{found.place} sets {found.variable}, and in this folder {INSTEAD}"
+                print(f"note: {line}; keybroker connect --scope local beats it", file=sys.stderr)
                 continue
             goes = found.alone and (take_out or (not dry_run and _agreed(found)))
             line = f"{found.place} sets {found.variable}, and {INSTEAD}"

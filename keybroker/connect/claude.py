@@ -119,6 +119,12 @@ def local_file(place: Place) -> Path:
     return place.folder / ".claude/settings.local.json"
 
 
+def committed_file(place: Place) -> Path | None:
+    """Return the settings that a project brings along; None: they are the user's own."""
+    file = place.folder / ".claude/settings.json"
+    return None if file.resolve() == user_file(place).resolve() else file
+
+
 def managed_file(place: Place) -> Path:
     return place.machine(f"{MANAGED[place.system]}/{DROP_IN}")
 
