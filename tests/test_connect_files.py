@@ -440,6 +440,18 @@ def test_what_somebody_changed_since_stays(user: User) -> None:
     assert user.value() == {"env": env, "model": "opus"}
 
 
+def test_what_somebody_put_back_by_hand_is_not_called_changed(user: User) -> None:
+    """It is what it was before: nothing of ours is left in it."""
+    user.put(b'{"env": {"ANTHROPIC_BASE_URL": "https://old.example.com"}}')
+    user.connect()
+    value = user.value()
+    value["env"]["ANTHROPIC_BASE_URL"] = "https://old.example.com"
+    user.file.write_text(json.dumps(value))
+    (change,) = user.disconnect()
+    assert (change.exact, change.kept) == (False, ())
+    assert user.value() == {"env": {"ANTHROPIC_BASE_URL": "https://old.example.com"}}
+
+
 def test_a_reformatted_file_of_ours_alone_is_removed(user: User) -> None:
     """There was none, and nothing is left in it."""
     user.connect()

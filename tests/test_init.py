@@ -481,6 +481,8 @@ def test_a_check_that_fails_leaves_nothing(user: User, gateway: DevGateway, key:
     assert status == 77
     assert "failed  issue" in stdout
     assert "nothing was written" in stderr
+    where = "give another key; this one was kept nowhere" if key == "-" else f"({given})"
+    assert where in stderr.partition("hint: ")[2]  # no file is named that is gone by now
     assert not user.file.exists()
     assert list(user.home.rglob("work-admin*")) == []
     assert live(gateway) == []

@@ -257,6 +257,18 @@ def test_no_gateway_is_said(user: Home) -> None:
     )
 
 
+def test_a_gateway_that_checks_keys_is_for_a_profile(user: Home) -> None:
+    """What makes one is said; there is none whose status could be looked at."""
+    with DevGateway() as gateway:
+        port = gateway.url.rpartition(":")[2]
+        done = typed(user, "--host", "127.0.0.1", "--port", port, "--", "claude")
+    assert (done.rc, done.stdout) == (77, "")
+    assert done.stderr == (
+        f"keybroker: gateway: 127.0.0.1:{port} does not list models for this key (401)\n"
+        f"hint: it checks keys: keybroker init --base-url http://127.0.0.1:{port}\n"
+    )
+
+
 def test_no_language_model_is_said(user: Home) -> None:
     """It is up, and no provider is."""
     with Ogx({"ollama/nomic-embed-text": "embedding", "cohere/rank-v3": "rerank"}) as server:

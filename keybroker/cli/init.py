@@ -352,6 +352,8 @@ class _Session:
         except KeybrokerError as error:
             error.message = f"{error.message}; nothing was written"
             error.args = (error.message,)
+            if any(str(one) in (error.hint or "") for one in self.kept):
+                error.hint = "give another key; this one was kept nowhere"
             raise
 
     def _first_key(self, config: Config, profile: Profile) -> None:

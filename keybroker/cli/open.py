@@ -18,7 +18,7 @@ from keybroker.connect import inline
 from keybroker.connect.plan import Place
 from keybroker.credential import Secret
 from keybroker.document import Where
-from keybroker.errors import ConfigError, SourceUnavailable
+from keybroker.errors import ConfigError, SourceDenied, SourceUnavailable
 from keybroker.foreground import NoProgramError, Program, find
 from keybroker.tiers import is_listed
 
@@ -68,6 +68,10 @@ def variables_at(
     except SourceUnavailable as error:
         raise SourceUnavailable(
             error.message, hint="is it running? ogx run starter; see --host and --port"
+        ) from None
+    except SourceDenied as error:  # there is no profile, of which status could say anything
+        raise SourceDenied(
+            error.message, hint=f"it checks keys: keybroker init --base-url {profile.base_url}"
         ) from None
     chosen = mapping(profile, found, models[0] if models else None, flags)
     for one in models[1:]:
