@@ -122,9 +122,18 @@ def test_the_newest_of_a_tier_is_chosen(older: str, newer: str) -> None:
     assert newest([newer, older], tier) == newer
 
 
-def test_of_one_version_the_first_is_chosen() -> None:
-    """The gateway's order is its owner's."""
-    both = ["vertex_ai/claude-opus-4-5@20251101", "anthropic/claude-opus-4-5"]
+@pytest.mark.parametrize(
+    "other",
+    [
+        "vertex_ai/claude-opus-4-5@20251101",
+        "us.anthropic.claude-opus-4-5-20251101-v1:0",
+        "claude-opus-4-5-v2",
+        "claude-opus-4-5@12",
+    ],
+)
+def test_of_one_version_the_first_is_chosen(other: str) -> None:
+    """The gateway's order is its owner's; a build's number makes none newer."""
+    both = [other, "anthropic/claude-opus-4-5"]
     assert newest(both, "opus") == both[0]
     assert newest(both[::-1], "opus") == both[1]
 
