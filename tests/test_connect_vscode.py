@@ -144,17 +144,17 @@ def test_a_key_is_never_written_and_one_that_is_there_is_named(
     user: Resident, gateway: DevGateway
 ) -> None:
     """It would be sent instead of the helper's; its value is in no message, nor in a dry run."""
-    text = f'{{"{LIST}": [{{"name": "ANTHROPIC_AUTH_TOKEN", "value": "{KEY}"}}]}}'
-    file = put(user.home, CODE, text)
+    file = put(user.home, CODE, "{}")
     assert user.cli("connect", "vscode")[0] == 0
     minted = user.key()
     assert minted not in file.read_text()
     assert minted not in (user.home.path / ".claude/settings.json").read_text()
+    assert user.cli("disconnect")[0] == 0
+    file.write_text(f'{{"{LIST}": [{{"name": "ANTHROPIC_AUTH_TOKEN", "value": "{KEY}"}}]}}')
     for words in ((), ("--dry-run",), ("--json",)):
-        stdout, stderr = connect(user, *words)
-        assert KEY not in stdout + stderr
-        if words != ("--json",):
-            assert f"note: {file} sets ANTHROPIC_AUTH_TOKEN, and that is sent instead" in stderr
+        status, stdout, stderr = user.cli("connect", "vscode", *words)
+        assert (status, KEY in stdout + stderr) == (78, False)
+        assert f"{file}: {LIST} has ANTHROPIC_AUTH_TOKEN, and that is sent instead" in stderr
     assert variables(file)["ANTHROPIC_AUTH_TOKEN"] == KEY
 
 

@@ -118,6 +118,8 @@ def connect_command(
         raise click.UsageError("--statusline is for claude, in the scopes user and local")
     if models is not None:
         wanted = _mapped(wanted, dry_run=dry_run, quiet=as_json)
+    if len(same := [name for name in surfaces if name in claude.FORMATS]) > 1:
+        raise click.UsageError(f"{', '.join(same)}: they share a file; name one of them")
     for name in surfaces or ("claude",):
         job = _Job(name, wanted, Place.here(**changes), scope, follow=follow, force=force)
         job.statusline = statusline
@@ -316,7 +318,11 @@ class _Job:
 @click.command("disconnect")
 @click.argument("surfaces", nargs=-1, type=SURFACE, metavar="[SURFACE]...")
 @click.option("--profile", metavar="PROFILE", help="Only what was connected to this profile.")
-@click.option("--scope", type=click.Choice(["user", "local", "managed"]), help="Only this scope.")
+@click.option(
+    "--scope",
+    type=click.Choice(["user", "local", "managed"]),
+    help="Only this scope; local: only this folder.",
+)
 @DRY_RUN
 @JSON
 def disconnect_command(
@@ -331,12 +337,14 @@ def disconnect_command(
     done: list[edit.Change] = []
     problems: list[KeybrokerError] = []
     ended: list[str] = []  # profiles that were added for a surface
+    local = _names_here() if scope == "local" else []
     with Record.open(state()) as record:
         there = list(record.files.values())
         if profile is not None and all(one.profile != profile for one in there):
             configuration().profile(profile)  # it may be a slip
         for name, entry in reversed(list(record.files.items())):
-            if _is_meant(entry, surfaces, profile, scope):
+            here = scope != "local" or name in local
+            if here and _is_meant(entry, surfaces, profile, scope):
                 try:
                     done.append(_take_back(name, record, dry_run=dry_run))
                     if done[-1].is_one and (profile_of_it := added_in(done[-1].line)) is not None:
@@ -372,6 +380,14 @@ def _is_meant(
         and scope in (None, entry.scope)
         and (scope is not None or not entry.is_handed_out)
     )
+
+
+def _names_here() -> list[str]:
+    """Return what the local settings of this folder are recorded under."""
+    place = Place.here()
+    line = claude.ignoring(place.folder)
+    names = [] if line is None else [edit.record_name(line.file, line.line)]
+    return [*names, str(claude.local_file(place))]
 
 
 def _named(entry: Entry) -> str:
@@ -450,6 +466,8 @@ def _said(change: edit.Change) -> str:
     file = change.target.file
     if change.entry is not None:
         lines = [f"{'wrote' if change.is_one else 'as it was'}  {file}"]
+        if change.old is not None and change.old.surface != change.entry.surface:
+            lines.append(f"  in place of {change.old.surface}")
         lines += [f"  {name}: replaced; disconnect puts it back" for name in change.replaced]
         return "\n".join(lines)
     if change.target.data is None:

@@ -24,6 +24,8 @@ from keybroker.cli.trial import Report, try_out
 from keybroker.cli.work import daemon_socket, desk, owner, state
 from keybroker.config import SOURCES, Config, Profile, origin
 from keybroker.connect import organisation, tokens
+from keybroker.connect.claude import committed_file
+from keybroker.connect.plan import Place
 from keybroker.credential import Reference, fingerprint
 from keybroker.errors import (
     ConfigError,
@@ -118,7 +120,8 @@ class _Session:
         file = File.find(os.environ)
         file.refuse_known(flags["name"])
         self._organisation()
-        found = tokens.tokens(os.environ, _folder())
+        committed = committed_file(Place.here())  # others have that one too
+        found = [one for one in tokens.tokens(os.environ, _folder()) if one.path != committed]
         adopted = self._adopted(asker, found)
         self._notes(found, adopted)
         gateway = asker.until_right(flags["base_url"], lambda given: self._gateway(asker, given))

@@ -29,6 +29,13 @@ MANAGED = {
     "macos": "/Library/Application Support/ClaudeCode",
     "windows": "C:\\Program Files\\ClaudeCode",
 }
+LOCAL = ".claude/settings.local.json"
+# Formats of one client: a settings file has one of them.
+FORMATS = ("claude", "bedrock", "vertex", "foundry", "aws")
+PROXY = (
+    "the proxy of here has a password, which goes into no settings file: what a project's own "
+    "settings say of a proxy counts"
+)
 WIZARD = "what a project's file sets counts only after the first-run wizard and the trust prompt"
 STOPS = (
     "with a helper set, Claude Code has no Remote Control and no voice dictation",
@@ -67,7 +74,7 @@ def plan_with(profile: Profile, place: Place, scope: str, environment: dict[str,
     if scope == "local":
         if (ignored := _ignored(place.folder)) is not None:
             pieces = (ignored, *pieces)
-        before = (*STOPS, WIZARD)
+        before = (*STOPS, WIZARD, *((PROXY,) if has_secret_proxy(place) else ()))
     return Plan(pieces, before, after, line=line, environment=environment)
 
 
@@ -116,7 +123,7 @@ def configuration_folder(place: Place) -> Path:
 
 
 def local_file(place: Place) -> Path:
-    return place.folder / ".claude/settings.local.json"
+    return place.folder / LOCAL
 
 
 def committed_file(place: Place) -> Path | None:
@@ -165,18 +172,34 @@ def _way(profile: Profile, place: Place) -> dict[str, str]:
     Return the proxies of here, or that there is none on the way.
 
     In both spellings: the client takes the one in small letters if they differ. It takes the
-    proxy for http where there is none for https.
+    proxy for http where there is none for https. A proxy with a password is left as it is.
     """
     here = {
         name: place.environment.get(name) or place.environment.get(name.upper(), "")
         for name in ("https_proxy", "http_proxy", "no_proxy")
     }
     around = [*filter(None, here.pop("no_proxy").split(",")), urlsplit(profile.base_url).hostname]
-    found = {name: value for name, value in here.items() if value and "@" not in value}
+    if has_secret_proxy(place):
+        return {}  # neither written down nor gone around
+    found = {name: value for name, value in here.items() if value}
     if "http_proxy" in found:
         found = {"https_proxy": found["http_proxy"], **found}
     found = found or {"no_proxy": ",".join(dict.fromkeys(host or "" for host in around))}
     return {**found, **{name.upper(): value for name, value in found.items()}}
+
+
+def has_secret_proxy(place: Place) -> bool:
+    """Say whether the proxy of here has a password, which no settings file may hold."""
+    names = ("https_proxy", "http_proxy", "HTTPS_PROXY", "HTTP_PROXY")
+    return any("@" in place.environment.get(name, "") for name in names)
+
+
+def ignoring(folder: Path) -> Line | None:
+    """Return the line with which git ignores a project's local settings; None: no repository."""
+    status, found = _git(folder, "rev-parse", "--git-path", "info/exclude")
+    _, prefix = _git(folder, "rev-parse", "--show-prefix")
+    pattern = re.sub(r"([\\*?\[\]])", r"\\\1", prefix)
+    return None if status else Line((folder / found).absolute(), f"/{pattern}{LOCAL}")
 
 
 def _ignored(folder: Path) -> Line | None:
@@ -188,23 +211,18 @@ def _ignored(folder: Path) -> Line | None:
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: is not a folder")
-    name = ".claude/settings.local.json"
-    if _git(folder, "ls-files", "--error-unmatch", name)[0] == 0:
-        raise ConfigError(f"{folder / name}: git has it", hint=f"git rm --cached {name}")
-    ignored, _ = _git(folder, "check-ignore", "-q", name)
-    if ignored == 0:
+    if _git(folder, "ls-files", "--error-unmatch", LOCAL)[0] == 0:
+        raise ConfigError(f"{folder / LOCAL}: git has it", hint=f"git rm --cached {LOCAL}")
+    ignored, _ = _git(folder, "check-ignore", "-q", LOCAL)
+    if ignored != 1:
         return None
-    status, found = _git(folder, "rev-parse", "--git-path", "info/exclude")
-    _, prefix = _git(folder, "rev-parse", "--show-prefix")
-    if status or ignored != 1:
-        return None
-    told, _ = _git(folder, "check-ignore", "-v", name)
+    told, _ = _git(folder, "check-ignore", "-v", LOCAL)
     if told == 0:  # by a pattern with an exclamation mark, which comes before what we may write
         raise ConfigError(
-            f"{folder}: its .gitignore has git take {name}", hint=f"add {name} to it, at its end"
+            f"{folder}: its .gitignore has git take {LOCAL}",
+            hint=f"add {LOCAL} to it, at its end",
         )
-    pattern = re.sub(r"([\\*?\[\]])", r"\\\1", prefix)
-    return Line((folder / found).absolute(), f"/{pattern}{name}")
+    return ignoring(folder)
 
 
 def _git(folder: Path, *words: str) -> tuple[int, str]:

@@ -36,7 +36,7 @@ class Change:
     @property
     def name(self) -> str:
         """What it is recorded under."""
-        return _name(self.target.file, self.line)
+        return record_name(self.target.file, self.line)
 
     @property
     def is_one(self) -> bool:
@@ -64,7 +64,7 @@ def to_connect(
     if target.data is None:
         files.check_folder(target)
     line = piece.line if isinstance(piece, Line) else ""
-    old = record.files.get(_name(piece.file, line))
+    old = record.files.get(record_name(piece.file, line))
     if old is not None and old.profile != profile and not force:
         raise ConfigError(
             f"{piece.file}: is connected to the profile {old.profile}",
@@ -396,5 +396,5 @@ def _followed(name: str, path: settings.Path, value: str, record: Record) -> boo
     raise changed_too_often(target.file)
 
 
-def _name(file: Path, line: str) -> str:
+def record_name(file: Path, line: str = "") -> str:
     return f"{file}\n{line}" if line else str(file)

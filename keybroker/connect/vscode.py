@@ -58,7 +58,7 @@ def plan(profile: Profile, place: Place, scope: str) -> Plan:
     Say what connects every editor of this kind that is here, and Claude Code with them.
 
     Raises:
-        ConfigError: There is none, or another machine's is meant.
+        ConfigError: There is none, another machine's is meant, or one has a key of its own.
     """
     if place.system != Place.here().system or place.output is not None:
         raise ConfigError(
@@ -73,6 +73,12 @@ def plan(profile: Profile, place: Place, scope: str) -> Plan:
             + places.replace(f"{place.home}/", "~/"),
             hint="start it once; for what is elsewhere: VSCODE_PORTABLE=FOLDER keybroker connect "
             "vscode",
+        )
+    for file, name in _tokens(found):
+        raise ConfigError(
+            f"vscode: {file}: {VARIABLES_KEY} has {name}, and that is sent instead of the "
+            "helper's key",
+            hint="take it out, then: keybroker connect vscode",
         )
     base = claude.plan(profile, place, scope)
     lent = tuple(
@@ -92,7 +98,6 @@ def plan(profile: Profile, place: Place, scope: str) -> Plan:
             ONLY_ITS_OWN,
             NOT_TRIED,
             *((SANDBOX,) if sandboxed else ()),
-            *(f"{file} sets {name}, and that is sent instead" for file, name in _tokens(found)),
         ),
         (
             "in each window: Developer: Reload Window, from the command palette",
