@@ -795,3 +795,41 @@ def test_every_surface_says_what_it_is(desk: Desk) -> None:
     """Its scopes are those that `connect` knows, and one that it has not is refused."""
     assert set(surface("claude").SCOPES) == {"user", "local", "managed"} == set(claude.SCOPES)
     assert "has no scope local" in desk.refuses("connect", "vscode", "--scope", "local")
+
+
+def test_a_local_scope_is_taken_back_in_its_folder_alone(desk: Desk) -> None:
+    """Another project stays connected; its line for git too."""
+    desk.git("init", "-q")
+    desk.does("connect", "--scope", "local", "--no-check")
+    own, other = desk.project, desk.home / "other"
+    other.mkdir()
+    desk.project = other
+    desk.git("init", "-q")
+    desk.does("connect", "--scope", "local", "--no-check")
+    desk.does("disconnect", "--scope", "local")
+    assert not (other / ".claude").exists()
+    assert ".claude" not in (other / ".git/info/exclude").read_text()
+    assert (own / ".claude/settings.local.json").exists()
+    assert ".claude" in (own / ".git/info/exclude").read_text()
+    desk.does("disconnect")
+    assert not (own / ".claude").exists()
+
+
+def test_one_file_has_one_format(desk: Desk) -> None:
+    """Two at once are refused; one that takes the place of another says so."""
+    done = desk.type("connect", "claude", "bedrock")
+    assert done.rc == 2
+    assert "claude, bedrock: they share a file" in done.stderr
+    desk.does("connect", "--no-check")
+    assert "  in place of claude\n" in desk.does("connect", "bedrock", "--no-check")
+
+
+def test_a_proxy_with_a_password_is_neither_written_nor_gone_around(desk: Desk) -> None:
+    """It is said: what a project's own settings say of a proxy counts then."""
+    proxy = "http://me:canary-password@proxy.example.com:8"
+    done = desk.type("connect", "--scope", "local", "--no-check", HTTPS_PROXY=proxy)
+    assert done.rc == 0
+    assert "note: the proxy of here has a password" in done.stderr
+    written = desk.value(desk.project / ".claude/settings.local.json")["env"]
+    assert not [name for name in written if name.lower().endswith("_proxy")]
+    assert "canary-password" not in done.stdout + done.stderr + json.dumps(desk.record())
