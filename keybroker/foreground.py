@@ -57,7 +57,9 @@ def find(word: str, environment: Mapping[str, str] = os.environ) -> str:
     if seen or ("/" in word and os.path.exists(word)):
         raise NotRunnableError(f"run: {seen[0] if seen else word}: cannot be run")
     where = "does not exist" if "/" in word else "is not in PATH"
-    raise NoProgramError(f"run: {word}: {where}")
+    raise NoProgramError(
+        f"run: {word}: {where}", hint="a path, or the name of a program in PATH; see --help"
+    )
 
 
 class Program:

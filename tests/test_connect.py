@@ -483,6 +483,8 @@ def test_an_interpreter_that_others_cannot_run_is_refused(tmp_path: Path) -> Non
         (("--scope", "user", "--output", "out"), "--scope managed"),
         (("--for", "windows"), "--installed-in"),
         (("--scope", "managed", "--for", "macos"), "--installed-in"),
+        (("--for", "windows", "--installed-in", "/opt/kb"), "expected a path of Windows"),
+        (("--for", "windows", "--installed-in", "C:kb"), r"--installed-in 'C:\Program Files"),
         (("--installed-in", "opt/kb", "--output", "out"), "expected a path from the root"),
     ],
 )
@@ -604,6 +606,16 @@ def test_a_profile_in_place_of_a_surface_is_known_for_one(desk: Desk) -> None:
         assert (done.rc, done.stdout) == (2, "")
         assert "work is a profile, and is named by --profile work" in done.stderr
     assert "is not one of" in desk.type("connect", "wrok").stderr
+    done = desk.type("run", "work")
+    assert (done.rc, done.stdout) == (2, "")
+    assert "work is a profile, and is named by --profile work before" in done.stderr
+    assert desk.type("run", "wrok").rc == 127
+
+
+def test_a_command_that_is_near_another_is_named(desk: Desk) -> None:
+    """And none where none is near."""
+    assert "No such command 'conect'. Did you mean 'connect'?" in desk.type("conect").stderr
+    assert "Did you mean" not in desk.type("zzz").stderr
 
 
 # what is shown

@@ -1092,6 +1092,8 @@ def test_the_command_serves_until_it_is_told_to_stop(end: signal.Signals) -> Non
     connection.close()
     process.send_signal(end)
     said = f'base_url = "{url}"\nadmin = {{ env = "KEYBROKER_DEVGATEWAY_MASTER_KEY" }}\n'
+    said += f"or type: keybroker init --base-url {url} --admin env:KEYBROKER_DEVGATEWAY_MASTER_KEY"
+    said += " --source litellm\n"
     assert process.communicate(timeout=5) == ("", said)
     assert process.returncode == 0
 
@@ -1105,6 +1107,7 @@ def test_the_command_writes_the_master_key_to_a_private_file(tmp_path: Any) -> N
         url = process.stdout.readline().strip()
         process.terminate()
         said = f'base_url = "{url}"\nadmin = {{ file = "{path}" }}\n'
+        said += f"or type: keybroker init --base-url {url} --admin file:{path} --source litellm\n"
         assert process.communicate(timeout=5) == ("", said)
         keys.append(path.read_text())
     assert path.stat().st_mode & 0o777 == 0o600

@@ -368,6 +368,19 @@ def test_a_dry_run_prints_and_changes_nothing(user: User, gateway: DevGateway, a
     assert live(gateway) == []
 
 
+def test_a_dry_run_has_the_reference_of_the_real_run(user: User, gateway: DevGateway) -> None:
+    """Without a keyring a file, under a name that is free; nothing is kept yet."""
+    user.secrets.append(gateway.master_key)
+    user.write(".config/keybroker/work-admin", "another\n")
+    arguments = ("--base-url", gateway.url, "--source", "litellm", "--admin", "-")
+    status, stdout, _ = user.init(*arguments, "--dry-run", stdin=gateway.master_key)
+    assert status == 0
+    assert user.init(*arguments, stdin=gateway.master_key)[0] == 0
+    admin = tomllib.loads(stdout)["profiles"]["work"]["source"]["admin"]
+    assert admin == user.config()["profiles"]["work"]["source"]["admin"]
+    assert admin["file"].endswith("/work-admin-2")
+
+
 def test_without_a_look_nothing_is_asked(user: User) -> None:
     """`--no-check` is for a gateway that is not there yet."""
     status, stdout, stderr = user.init(
@@ -611,6 +624,32 @@ def test_a_pasted_key_goes_into_the_keyring(
     assert source == {"type": "static", "key": {"keyring": "pasted-key"}}
     for path in user.home.rglob("*"):
         assert not path.is_file() or pasted.encode() not in path.read_bytes(), path
+
+
+def test_a_dry_run_says_which_keys_would_be_moved(
+    user: User, gateway: DevGateway, pasted: str
+) -> None:
+    """And moves none."""
+    status, _, stderr = user.init("--base-url", gateway.url, "--adopt-token", "--dry-run")
+    assert status == 0
+    assert stderr.count("would     take ANTHROPIC_AUTH_TOKEN out of ") == 2
+    assert pasted in (user.home / ".bashrc").read_text()
+
+
+def test_a_wrong_address_is_said_before_anything_else(user: User, pasted: str) -> None:
+    """It is what has to be typed anew."""
+    status, stdout, stderr = user.init("--base-url", "localhost:8766", "--source", "litellm")
+    assert (status, stdout) == (78, "")
+    assert "http://localhost:8766" in stderr
+
+
+def test_hints_name_what_is_typed(user: User, gateway: DevGateway) -> None:
+    """There is no configuration yet that they could be about."""
+    user.write("admin-key", "sk-nobody-has-this-0c6f2f1d\n")
+    arguments = ("--base-url", gateway.url, "--source", "litellm", "--admin", "file:admin-key")
+    status, _, stderr = user.init(*arguments)
+    assert status == 77
+    assert "hint: see --admin (" in stderr
 
 
 def test_a_pasted_key_that_does_not_work_stays(user: User, gateway: DevGateway) -> None:

@@ -130,7 +130,7 @@ def test_all_forms_are_shown_then_a_line_then_what_to_type(user: User, gateway: 
         r"[0-9]+ ms \(request req_test\)",
         works,
     )
-    assert todo == "next: keybroker verify --deep, which sends what a session sends"
+    assert todo == "next: keybroker verify --deep work, which sends what a session sends"
 
 
 def test_each_form_is_what_it_says(user: User, gateway: Plain) -> None:

@@ -53,6 +53,13 @@ FLAGS = {  # of each source, beside those that all have
     "vault": ("path", "field", "address", "auth"),
     "aws": ("secret", "field", "region", "aws_profile"),
 }
+TYPED = {  # what hints name of a configuration, as it is typed here
+    'set key = "file" in a table [cache]': "--set cache.key=file",
+    "source.admin": "--admin",
+    "source.url": "--set source.url=URL",
+    "user_id and team_id": "--set source.user_id=… and --set source.team_id=…",
+    "{ file = … }": "--admin file:PATH",
+}
 ERRORS: dict[int, type[KeybrokerError]] = {
     69: NobodyAnswers,
     75: NotReady,
@@ -120,6 +127,8 @@ class _Session:
         file = File.find(os.environ)
         file.refuse_known(flags["name"])
         self._organisation()
+        if flags["base_url"] is not None:  # what is wrong with it comes first
+            self._pasted(flags["base_url"], "--base-url")
         committed = committed_file(Place.here())  # others have that one too
         found = [one for one in tokens.tokens(os.environ, _folder()) if one.path != committed]
         adopted = self._adopted(asker, found)
@@ -131,6 +140,11 @@ class _Session:
         problem = self._keyring(asker, file, draft)
         config = file.checked(draft.text(), os.environ)  # before anything is kept
         if flags["dry_run"]:
+            for pending in questions.pending if problem else ():
+                draft.put(pending.path, {"file": str(_free(file.path.parent, pending.name))})
+            for one in found:
+                if adopted is not None and one.secret == adopted.secret and one.alone:
+                    self._say("would", f"take {one.variable} out of {one.place}, for good")
             sys.stdout.write(draft.text())
             return
         if not flags["no_check"]:
@@ -184,7 +198,10 @@ class _Session:
         if not fits or (kind is not None and kind != "static") or other or wanted is False:
             return None
         if wanted is None:
-            question = f"{fits[0]}\nMove it out of there, and have keybroker hand it out?"
+            question = (
+                f"{fits[0]}\nMove it out of there, and have keybroker hand it out? It stays a "
+                "fixed key; no goes on to keys that are made, or kept elsewhere"
+            )
             wanted = asker.can and asker.agrees(question)
         if wanted and self.flags["no_check"]:
             raise click.UsageError("a key is moved only once it was seen to work: no --no-check")
@@ -207,8 +224,7 @@ class _Session:
             given, "--base-url", "Address of the gateway", tokens.base_url(os.environ) or None
         )
         exact = self.flags["exact"]
-        flag = "type" if given is None else "--base-url"
-        meant = read_pasted(text, allow_http=self.flags["allow_http"], exact=exact, flag=flag)
+        meant = self._pasted(text, "type" if given is None else "--base-url")
         if self.flags["no_check"]:
             return _guess(meant)
         with progress(f"asking {urlsplit(meant.root).netloc}"), _pool() as pool:
@@ -230,6 +246,10 @@ class _Session:
         was = "" if found["base_url"] == meant.given else f", for what was {meant.given}"
         self._say("address", f"{found['base_url']}{was}")
         return found
+
+    def _pasted(self, text: str, flag: str) -> Address:
+        allow_http, exact = self.flags["allow_http"], self.flags["exact"]
+        return read_pasted(text, allow_http=allow_http, exact=exact, flag=flag)
 
     def _ca(self) -> str | None:
         for text in self.flags["settings"]:
@@ -353,6 +373,7 @@ class _Session:
             with owner() as lock, desk(config, lock=lock, only=profile) as at:
                 try_out(at, profile, report)
         except KeybrokerError as error:
+            error.hint = error.hint and _typed(error.hint)
             error.message = f"{error.message}; nothing was written"
             error.args = (error.message,)
             if any(str(one) in (error.hint or "") for one in self.kept):
@@ -467,6 +488,19 @@ def _guess(meant: Address) -> dict[str, Any]:
         "checks_keys": None,
         "root": meant.root,
     }
+
+
+def _typed(hint: str) -> str:
+    """Name flags where a hint names what stands in a configuration: there is none yet."""
+    for key, flag in TYPED.items():
+        hint = hint.replace(key, flag)
+    return hint
+
+
+def _free(folder: Path, name: str) -> Path:
+    """Return the file that a secret would be kept in, as `entrust` finds it."""
+    names = (name, *(f"{name}-{number}" for number in range(2, 10)))
+    return next((folder / one for one in names if not (folder / one).exists()), folder / name)
 
 
 def _vault_in_source(file: File, flags: Mapping[str, Any]) -> bool:

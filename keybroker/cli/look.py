@@ -144,13 +144,13 @@ class Look:
         return self._bad() or self._good(deep=deep)
 
     def _good(self, *, deep: bool) -> End:
-        first = self.seen["message"]
+        first, name = self.seen["message"], self._profile.name
         if first["seen"] == "model":
             line = f"address and key are right; the gateway does not know the model {self.model}"
             if deep:
-                todo = "keybroker verify --deep --model NAME, one that it has"
+                todo = f"keybroker verify --deep --model NAME {name}, NAME being one that it has"
                 return End(line, todo, ConfigError)
-            return End(line, "keybroker verify --model NAME, one that it has")
+            return End(line, f"keybroker verify --model NAME {name}, NAME being one that it has")
         taken_in = self._only() or BOTH
         line = f"the gateway took the key in {taken_in} and answered in {first['ms']} ms"
         if first["request_id"]:
@@ -158,8 +158,8 @@ class Look:
         if first["seen"] == "odd":
             line += "; its messages have ids of another kind than msg_…, which Claude Code takes"
         if not deep:
-            return End(line, "keybroker verify --deep, which sends what a session sends")
-        return End(f"{line}, and what a session sends", "keybroker connect")
+            return End(line, f"keybroker verify --deep {name}, which sends what a session sends")
+        return End(f"{line}, and what a session sends", f"keybroker connect --profile {name}")
 
     def _bad(self) -> End | None:
         """Return the end of it where something does not work."""
@@ -229,7 +229,9 @@ class Look:
                 return f"put the right key where its owner keeps it; keybroker source test {name}"
             return f"keybroker rotate {name}"
         if any(one.lines for one in self.found):
-            return f"write that, then: keybroker verify --deep {name}, keybroker connect"
+            todo = f"write that, then: keybroker verify --deep {name}; "
+            todo += f"keybroker connect --profile {name}"
+            return todo
         if trouble.id == "firewall":
             return f"have /v1/messages exempted, then: keybroker verify --deep {name}"
         return f"what is above, then: keybroker verify {name}"

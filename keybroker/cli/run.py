@@ -37,7 +37,7 @@ from keybroker.errors import (
     NotReady,
     SourceError,
 )
-from keybroker.foreground import Program, end_as
+from keybroker.foreground import NoProgramError, Program, end_as
 from keybroker.label import RUN, made_name
 from keybroker.rotation import Kind
 from keybroker.runs import Limits, made, with_models
@@ -110,7 +110,7 @@ def run_command(
     """
     if not words and not print_env:
         raise click.UsageError("name a program after --, such as: keybroker run -- claude")
-    file = "" if print_env else find_program(words[0])
+    file = "" if print_env else _program(words[0])
     flags = {"haiku": haiku_model, "sonnet": sonnet_model, "opus": opus_model}
     if host is not None or port is not None:
         refuse_limits({"--profile": name, "--ttl": ttl, "--budget": budget})
@@ -179,6 +179,24 @@ def with_flags(models: Sequence[str], flags: Mapping[str, str | None]) -> tuple[
     """Return all models that a key has to be for; none where it may use any of its profile's."""
     named = (*models, *filter(None, flags.values())) if models else ()
     return tuple(dict.fromkeys(map(tiers.sent, named)))
+
+
+def _program(word: str) -> str:
+    """
+    Return the file of a program.
+
+    Raises:
+        click.UsageError: It is none, but a profile.
+        NoProgramError, NotRunnableError: As `foreground.find`.
+    """
+    try:
+        return find_program(word)
+    except NoProgramError:
+        with suppress(KeybrokerError):
+            if word in configuration().profiles:
+                text = f"{word} is a profile, and is named by --profile {word} before the program"
+                raise click.UsageError(text) from None
+        raise
 
 
 def launch(

@@ -352,7 +352,7 @@ def _print_details(row: dict[str, Any], found: dict[str, Any]) -> None:
 
 def _print_settings(row: dict[str, Any]) -> None:
     helper, env = row["settings"]["apiKeyHelper"], row["settings"]["env"]
-    print("  settings.json, which `keybroker connect` writes:")
+    print(f"  settings.json, which `keybroker connect --profile {row['profile']}` writes:")
     print(f'    "apiKeyHelper": {_quoted(helper)},')
     print('    "env": {')
     print(",\n".join(f"      {_quoted(name)}: {_quoted(value)}" for name, value in env.items()))

@@ -202,8 +202,8 @@ def own_library(place: Place) -> Path:
     if not any(folder.is_dir() for folder in folders):
         raise ConfigError(
             f"desktop: no Claude Desktop is here: there is neither {folders[0]} nor {folders[1]}",
-            hint="start it once; for other machines: keybroker connect desktop --for macos or "
-            "windows --output FOLDER",
+            hint="start it once; for other machines: keybroker connect desktop --for macos "
+            "--installed-in /opt/keybroker --output FOLDER",
         )
     return data / LIBRARY
 

@@ -1,6 +1,7 @@
 """The line that a client runs for a key."""
 
 import os
+import re
 import shlex
 import stat
 import sys
@@ -14,6 +15,7 @@ from keybroker.connect.plan import Place
 from keybroker.errors import ConfigError
 
 NATIVE = "keybroker-key"  # the helper in C, which native/build.py has installed or not
+_OF_WINDOWS = re.compile(r'(?:[A-Za-z]:\\|\\\\)[^"/%\r\n]*\Z')
 USUAL = "-"  # the usual place of the socket, whoever asks
 
 
@@ -38,6 +40,11 @@ def shared_line(profile: str, place: Place) -> str:
         if folder is None:
             raise ConfigError(
                 "connect: where keybroker is installed on those machines is not known",
+                hint=r"--installed-in 'C:\Program Files\keybroker'",
+            )
+        if not _OF_WINDOWS.match(folder):
+            raise ConfigError(
+                "connect: --installed-in: expected a path of Windows, with a drive",
                 hint=r"--installed-in 'C:\Program Files\keybroker'",
             )
         return f'"{folder}\\Scripts\\keybroker.exe" get {profile}'

@@ -15,6 +15,7 @@ import argparse
 import errno
 import os
 import secrets
+import shlex
 import signal
 import stat
 import sys
@@ -65,8 +66,12 @@ def _from_file(path: Path) -> str:
 
 def configuration(url: str, file: Path | None) -> str:
     """Return what keybroker's configuration says of this gateway: of the profile, of its source."""
-    place = f'env = "{VARIABLE}"' if file is None else f'file = "{file.absolute()}"'
-    return f'base_url = "{url}"\nadmin = {{ {place} }}\n'
+    kind, value = ("env", VARIABLE) if file is None else ("file", str(file.absolute()))
+    admin = shlex.quote(f"{kind}:{value}")
+    return (
+        f'base_url = "{url}"\nadmin = {{ {kind} = "{value}" }}\n'
+        f"or type: keybroker init --base-url {url} --admin {admin} --source litellm\n"
+    )
 
 
 def _not_listening(port: int, error: OSError) -> str:
