@@ -123,6 +123,15 @@ class Terminal:
         self._answered = len(self.said)
         os.write(self._ours, f"{text}\n".encode())
 
+    def interrupt(self, question: str) -> int:
+        """Press Ctrl-C at a question, again where it came before anybody read; the status."""
+        self._until(question)
+        for _ in range(SECONDS):
+            os.write(self._ours, b"\x03")
+            with suppress(subprocess.TimeoutExpired):
+                return self._process.wait(2)
+        raise AssertionError("Ctrl-C ends nothing")
+
     def end(self) -> int:
         """Wait for the end; return the status."""
         self._until(None)
@@ -732,8 +741,7 @@ def test_a_reference_can_be_typed_in_place_of_a_key(
 def test_ctrl_c_at_a_question_ends_it(user: User) -> None:
     """As in every command: 130, and nothing was written."""
     with Terminal(user, "init") as terminal:
-        terminal.answer("Address of the gateway", "\x03")
-        assert terminal.end() == 130
+        assert terminal.interrupt("Address of the gateway") == 130
     assert not user.file.exists()
 
 
