@@ -266,6 +266,12 @@ def test_one_file_has_one_profile_and_another_goes_to_a_project(desk: Desk) -> N
         "  keybroker disconnect claude --profile work --scope user\n"
     )
     assert "config: no profile 'wrok'" in desk.refuses("disconnect", "--profile", "wrok")
+    desk.does("connect", "--no-check", "--profile", "side", "--scope", "local")
+    command = desk.does("disconnect", "desktop").splitlines()[-1].strip()
+    there = f"cd {desk.project}; keybroker disconnect claude --profile side --scope local"
+    assert command == there
+    desk.does(*shlex.split(command.partition("; ")[2])[1:])
+    assert not local.exists()
     assert f"removed  {desk.settings}" in desk.does("disconnect", "claude", "--scope", "user")
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -339,8 +340,8 @@ def disconnect_command(
     ended: list[str] = []  # profiles that were added for a surface
     local = _names_here() if scope == "local" else []
     with Record.open(state()) as record:
-        there = list(record.files.values())
-        if profile is not None and all(one.profile != profile for one in there):
+        there = dict(record.files)
+        if profile is not None and all(one.profile != profile for one in there.values()):
             configuration().profile(profile)  # it may be a slip
         for name, entry in reversed(list(record.files.items())):
             here = scope != "local" or name in local
@@ -361,8 +362,13 @@ def disconnect_command(
             print(_diff(one) if dry_run else _said(one))
         if not done and not problems:
             print("nothing is connected" if not there else "nothing of that is connected, but:")
-            for name in dict.fromkeys(_named(one) for one in there):
-                print(f"  {name}")
+            commands = [
+                _command(name, one)
+                for name, one in there.items()
+                if (one.kind, one.scope) != ("line", "local")  # it goes with the file
+            ]
+            for command in dict.fromkeys(commands):
+                print(f"  {command}")
         for name, text in said.items():
             print(f"{name}: {text}")
     for problem in problems[:-1]:
@@ -390,9 +396,12 @@ def _names_here() -> list[str]:
     return [*names, str(claude.local_file(place))]
 
 
-def _named(entry: Entry) -> str:
-    """Return what takes one back, as it is typed."""
-    return f"keybroker disconnect {entry.surface} --profile {entry.profile} --scope {entry.scope}"
+def _command(name: str, entry: Entry) -> str:
+    """Return what takes one back, as it is typed: what is local, in its folder."""
+    command = f"keybroker disconnect {entry.surface} --profile {entry.profile}"
+    folder = shlex.quote(str(file_of(name).parent.parent))
+    place = f"cd {folder}; " if entry.scope == "local" else ""
+    return f"{place}{command} --scope {entry.scope}"
 
 
 def _take_back(name: str, record: Record, *, dry_run: bool) -> edit.Change:
