@@ -15,7 +15,7 @@ from keybroker.connect.plan import Place
 from keybroker.errors import ConfigError
 
 NATIVE = "keybroker-key"  # the helper in C, which native/build.py has installed or not
-_OF_WINDOWS = re.compile(r'(?:[A-Za-z]:\\|\\\\)[^"/%\r\n]*\Z')
+_OF_WINDOWS = re.compile(r'(?:[A-Za-z]:\\|\\\\)[^"/\r\n]*\Z')
 USUAL = "-"  # the usual place of the socket, whoever asks
 
 
