@@ -162,9 +162,8 @@ def test_a_refused_key_is_replaced_before_it_is_given_again(
     user.start()
     assert key("interactive") == first
     delete(gateway, first)
-    # on a machine so busy that five seconds are not enough for a look, by the next ask
-    keys = (key("mid-session-refresh") for _ in range(100))
-    second = next(one for one in keys if one != first)
+    second = key("mid-session-refresh")
+    assert second != first
     assert key("background") == second
 
 
