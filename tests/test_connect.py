@@ -851,3 +851,21 @@ def test_a_proxy_with_a_password_is_neither_written_nor_gone_around(desk: Desk) 
     written = desk.value(desk.project / ".claude/settings.local.json")["env"]
     assert not [name for name in written if name.lower().endswith("_proxy")]
     assert "canary-password" not in done.stdout + done.stderr + json.dumps(desk.record())
+
+
+def test_headers_of_somebody_else_give_way_by_force_only(desk: Desk) -> None:
+    """They may hold a secret, and what is replaced is kept until it is put back."""
+    before = desk.put('{"env": {"ANTHROPIC_CUSTOM_HEADERS": "x-api-key: canary-0123456789"}}')
+    done = desk.type("connect", "--no-check")
+    assert done.rc == 0
+    assert f"note: {desk.settings} has x-api-key in ANTHROPIC_CUSTOM_HEADERS" in done.stderr
+    desk.does("disconnect")
+    assert desk.settings.read_bytes() == before
+    desk.configure(headers='{ "X-Route" = "eng" }')
+    said = desk.refuses("connect", "--no-check")
+    assert f"{desk.settings}: has another env.ANTHROPIC_CUSTOM_HEADERS" in said
+    assert "canary" not in done.stdout + done.stderr + said + json.dumps(desk.record())
+    desk.does("connect", "--no-check", "--force")
+    assert desk.value()["env"]["ANTHROPIC_CUSTOM_HEADERS"] == "X-Route: eng"
+    desk.does("disconnect")
+    assert desk.settings.read_bytes() == before

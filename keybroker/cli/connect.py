@@ -230,6 +230,9 @@ class _Job:
         """
         own = [piece.file for piece in plan.pieces]
         going: list[Found] = []
+        if claude.HEADERS not in plan.environment and claude.sends_another_key(self.place):
+            file = claude.user_file(self.place)
+            print(f"note: {file} has x-api-key in {claude.HEADERS}, and {INSTEAD}", file=sys.stderr)
         for found in tokens(self.place.environment, self.place.folder):
             if found.variable in _pinned(plan) and found.path not in own:
                 continue

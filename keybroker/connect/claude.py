@@ -19,6 +19,7 @@ from keybroker.connect.plan import Keys, Line, Piece, Place, Plan
 from keybroker.connect.record import Entry
 from keybroker.errors import ConfigError
 from keybroker.foreign import MODES
+from keybroker.settings import Document
 
 SCOPES = ("user", "local", "managed")
 HELPER = "apiKeyHelper"
@@ -29,6 +30,7 @@ MANAGED = {
     "macos": "/Library/Application Support/ClaudeCode",
     "windows": "C:\\Program Files\\ClaudeCode",
 }
+HEADERS = "ANTHROPIC_CUSTOM_HEADERS"
 LOCAL = ".claude/settings.local.json"
 # Formats of one client: a settings file has one of them.
 FORMATS = ("claude", "bedrock", "vertex", "foundry", "aws")
@@ -97,7 +99,9 @@ def wanted(profile: Profile, key: str) -> str:
 def _keys(file: Path, line: str, environment: dict[str, str], mode: int = 0o600) -> Keys:
     values: dict[settings.Path, Any] = {(HELPER,): line}
     values |= {("env", name): value for name, value in environment.items()}
-    return Keys(file, values, guarded=((HELPER,),), mode=mode)
+    # what is replaced is recorded, and somebody's headers may hold a secret: by force only
+    guarded = tuple(path for path in ((HELPER,), ("env", HEADERS)) if path in values)
+    return Keys(file, values, guarded=guarded, mode=mode)
 
 
 def with_status_line(piece: Keys, profile: str, place: Place) -> Keys:
@@ -132,6 +136,15 @@ def committed_file(place: Place) -> Path | None:
     return None if file.resolve() == user_file(place).resolve() else file
 
 
+def sends_another_key(place: Place) -> bool:
+    """Say whether headers in the user's own settings carry a key, which replaces the helper's."""
+    try:
+        env = Document(user_file(place).read_bytes().decode()).get(("env", HEADERS))
+    except (OSError, ValueError):  # is said when the file is worked out
+        return False
+    return isinstance(env, str) and re.search(r"(?im)^\s*x-api-key\s*:", env) is not None
+
+
 def managed_file(place: Place) -> Path:
     return place.machine(f"{MANAGED[place.system]}/{DROP_IN}")
 
@@ -158,7 +171,7 @@ def pins(profile: Profile, place: Place) -> dict[str, str]:
     Each was tried with the real client: without it a project's `.claude/settings.json` sends the
     helper's key to a host of its choice, whatever ANTHROPIC_BASE_URL is here.
     """
-    names = ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY", "ANTHROPIC_CUSTOM_HEADERS")
+    names = ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY", HEADERS)
     return {
         **{f"CLAUDE_CODE_USE_{mode}": "0" for mode in MODES},
         **dict.fromkeys(names, ""),
