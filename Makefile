@@ -27,12 +27,12 @@ bench: .venv/installed
 .venv/created:
 	.ci/venv
 
+# `--group` needs pip 25.1, and before it commands were written that load `re` at every start
 .venv/installed: pyproject.toml native/build.py native/key.c .venv/created
+	.ci/quietly .venv/bin/python -m pip install --upgrade 'pip>=25.1'
 	.ci/quietly .venv/bin/python -m pip install --editable .
 	touch $@
 
-# `--group` needs pip 25.1
 .venv/installed-dev: .venv/installed
-	.ci/quietly .venv/bin/python -m pip install --upgrade 'pip>=25.1'
 	.ci/quietly .venv/bin/python -m pip install --group dev
 	touch $@
