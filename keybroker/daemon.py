@@ -579,7 +579,7 @@ class Daemon:
         """Have the TTL mended in settings files that were connected so, if there are any."""
         self._follows = False
         with suppress(OSError):
-            record = Disk().read(self._state / "connections.json") or b""
+            record = Disk().read(self._state / paths.CONNECTIONS) or b""
             if b'"follow": true' in record:
                 profiles = self._file.profiles
                 ttls = {

@@ -23,6 +23,7 @@ AUDIT = "audit.jsonl"
 CACHE = "cache"
 WRAP_KEY = "wrap.key"
 INSTANCE = "instance"
+CONNECTIONS = "connections.json"  # what connect has written into whose files
 SOCKET = "s"
 KEYS = "keys"  # beside the socket: those of profiles with `export = "file"`
 RUN_USER = "/run/user"

@@ -23,8 +23,9 @@ import pytest
 
 from keybroker.connect import edit, files
 from keybroker.connect.plan import Keys, Line, Piece, Whole
-from keybroker.connect.record import FILE, Record
+from keybroker.connect.record import Record
 from keybroker.errors import CacheError, ConfigError, KeybrokerError, NotReady
+from keybroker.paths import CONNECTIONS
 
 NOBODY = 65534
 HELPER = "exec '/opt/keybroker/bin/keybroker-key' '/run/s' 'work' '/opt/keybroker/bin/python3'"
@@ -97,7 +98,7 @@ class User:
         return json.loads(self.file.read_bytes().decode("utf-8-sig"))
 
     def recorded(self) -> bytes:
-        return (self.state / FILE).read_bytes()
+        return (self.state / CONNECTIONS).read_bytes()
 
 
 @pytest.fixture
@@ -595,7 +596,7 @@ def test_a_record_that_cannot_be_read_stops_both(user: User, name: str) -> None:
     user.put(CORPUS["two"])
     user.connect()
     written = user.tree()
-    (user.state / FILE).write_bytes(RECORDS[name])
+    (user.state / CONNECTIONS).write_bytes(RECORDS[name])
     said = "newer keybroker" if name == "newer" else "cannot be read"
     for act in (user.connect, user.disconnect):
         with pytest.raises(CacheError, match=said):
@@ -867,7 +868,7 @@ def test_whoever_is_killed_in_the_middle_leaves_what_can_be_taken_back(
         else:
             assert left == {".claude/settings.json"}, number
             assert user.value() == there, number
-        if (user.state / FILE).exists():
+        if (user.state / CONNECTIONS).exists():
             assert json.loads(user.recorded()) == {"v": 1, "files": {}, "coming": {}}
         number += 1
         assert number < 400

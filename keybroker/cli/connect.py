@@ -25,7 +25,7 @@ from keybroker.connect.organisation import organisation, refuse
 from keybroker.connect.own import added_in
 from keybroker.connect.plan import Keys, Piece, Place, Plan
 from keybroker.connect.proof import prove, prove_file
-from keybroker.connect.record import FILE, Entry, Record, file_of
+from keybroker.connect.record import Entry, Record, file_of
 from keybroker.connect.tokens import VARIABLES, Found, tokens
 from keybroker.connect.tokens import take_out as remove
 from keybroker.errors import ConfigError, KeybrokerError
@@ -188,7 +188,7 @@ class _Job:
         if not as_json:
             for text in plan.before:
                 print(f"note: {text}", file=sys.stderr)
-        record = Record.read(paths.state_directory(os.environ) / FILE)
+        record = Record.read(paths.state_directory(os.environ) / paths.CONNECTIONS)
         done = [self._work_out(piece, record) for piece in plan.pieces]  # before any is written
         going = [] if alone else self._pasted(plan, take_out=take_out, dry_run=dry_run)
         stale = [] if alone else self._stale(plan, going)

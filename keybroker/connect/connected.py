@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from keybroker import paths
 from keybroker.config import Profile
 from keybroker.connect import claude, edit, files, surface
 from keybroker.connect.plan import Keys, Line, Piece, Place, Plan
-from keybroker.connect.record import FILE, Entry, Record
+from keybroker.connect.record import Entry, Record
 from keybroker.errors import KeybrokerError
 from keybroker.settings import Document, SettingsInvalid
 
@@ -52,7 +53,7 @@ def connected(profile: Profile, state: Path, place: Place) -> list[Connected]:
     Raises:
         CacheError: The record cannot be read.
     """
-    entries = Record.read(state / FILE).files.items()
+    entries = Record.read(state / paths.CONNECTIONS).files.items()
     mine = [(Path(name), one) for name, one in entries if one.profile == profile.name]
     return [_looked_at(file, one, profile, place) for file, one in mine if one.kind != "line"]
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ from keybroker.errors import ConfigError, KeybrokerError
 from keybroker.settings import MISSING, Document, Named, SettingsInvalid, Splice
 
 TRIES = 5
+# The helpers by their files, or the command that stands in for them.
+_OURS = re.compile(r"""keybroker-key|/keybroker/helper\.py|keybroker(?:\.exe)?['"]? ['"]?get\b""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,8 +263,7 @@ def _with_keys(
     held = () if old is None else _held(target, old)
     for path in piece.guarded:
         found = document.get(path)
-        pasted = isinstance(found, str) and is_ours(found)
-        free = found in (MISSING, piece.values[path]) or pasted or path in held
+        free = found in (MISSING, piece.values[path]) or is_ours(found) or path in held
         if not free and not force:
             raise ConfigError(
                 f"{target.file}: has another {name_of(path)}",
@@ -291,9 +293,9 @@ def _held(target: files.Target, old: Entry) -> list[settings.Path]:
     return [key.path for key in old.keys if document.get(key.path) == key.value]
 
 
-def is_ours(helper: str) -> bool:
-    """Say whether a helper is a line of ours, which somebody may have pasted."""
-    return "keybroker-key" in helper or "/keybroker/helper.py" in helper
+def is_ours(helper: object) -> bool:
+    """Say whether an `apiKeyHelper` is a line of ours, which somebody may have pasted."""
+    return isinstance(helper, str) and _OURS.search(helper) is not None
 
 
 def name_of(path: settings.Path) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from xml.parsers.expat import ExpatError
 
+from keybroker.connect.edit import is_ours
 from keybroker.errors import ConfigError
 from keybroker.fields import looks_like_key, read_url
 from keybroker.settings import Document, SettingsInvalid
@@ -208,11 +209,6 @@ def _finding(place: str, value: Any) -> Iterator[Finding]:
     if set_here:
         keys = {key: _plain(key, one) for key, one in set_here.items()}
         yield Finding(place, keys, ours=is_ours(value.get("apiKeyHelper")))
-
-
-def is_ours(helper: object) -> bool:
-    """Say whether an `apiKeyHelper` is keybroker's."""
-    return isinstance(helper, str) and "keybroker" in helper
 
 
 def _is_set(value: object) -> bool:

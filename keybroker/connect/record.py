@@ -26,11 +26,9 @@ from typing import Any
 from keybroker.connect.files import content, tidy
 from keybroker.credential import sha256
 from keybroker.errors import CacheError
-from keybroker.paths import Disk, private_directory
+from keybroker.paths import CONNECTIONS, Disk, private_directory
 from keybroker.settings import Named, Splice
 from keybroker.settings import Path as KeyPath
-
-FILE = "connections.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +95,7 @@ class Record:
         Raises:
             CacheError: It cannot be read: what it says cannot be taken back by guessing.
         """
-        path = private_directory(state) / FILE
+        path = private_directory(state) / CONNECTIONS
         with Disk().lock(path):
             record = cls.read(path)
             if record.coming:

@@ -13,6 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from keybroker.connect import files
+from keybroker.connect.edit import TRIES
 from keybroker.credential import Secret, sha256
 from keybroker.errors import ConfigError
 from keybroker.settings import Document, SettingsInvalid
@@ -106,26 +108,34 @@ def take_out(found: Found) -> None:
     What was changed meanwhile stays changed: the key is looked for anew.
 
     Raises:
-        ConfigError: It is not there any more, or the line does more than that.
+        ConfigError: It is not there any more, the line does more than that, or the file may not
+            be written.
+        NotReady: Somebody writes the file all the time.
     """
-    now = _again(found)
-    path = Path(os.path.realpath(now.path))
-    data = _read(path)
-    if data is None or sha256(data) != now.digest:
-        raise _changed(found)
-    if not now.alone:
-        raise ConfigError(
-            f"{now.place}: does more than to set {now.variable}; it is left as it is",
-            hint=f"take {now.variable} out of it yourself",
-        )
-    if now.is_settings:
+    for _ in range(TRIES):
+        now, target = _again(found), files.read(found.path)
+        if target.data is None:
+            raise _changed(found)
+        if sha256(target.data) != now.digest:
+            continue
+        if not now.alone:
+            raise ConfigError(
+                f"{now.place}: does more than to set {now.variable}; it is left as it is",
+                hint=f"take {now.variable} out of it yourself",
+            )
+        if files.replace(target, _without(now, target.data)):
+            return
+    raise files.changed_too_often(found.path)
+
+
+def _without(found: Found, data: bytes) -> bytes:
+    if found.is_settings:
         document = Document(data.decode())
-        document.remove(("env", now.variable))
-        _replace(path, document.text.encode())
-        return
+        document.remove(("env", found.variable))
+        return document.text.encode()
     lines = data.splitlines(keepends=True)
-    del lines[now.line - 1]
-    _replace(path, b"".join(lines))
+    del lines[found.line - 1]
+    return b"".join(lines)
 
 
 def _again(found: Found) -> Found:
@@ -216,26 +226,6 @@ def _read(path: Path) -> bytes | None:
     except OSError:
         return None
     return data if len(data) <= LARGEST_FILE else None
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Put the new file in place at once, with the mode and the owner of the old one."""
-    old = path.stat()
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        with open(os.open(draft, flags, 0o600), "wb") as file:
-            os.fchmod(file.fileno(), stat.S_IMODE(old.st_mode))
-            if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
-                os.fchown(file.fileno(), old.st_uid, old.st_gid)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            draft.unlink()
-        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def base_url(environment: Mapping[str, str]) -> str:

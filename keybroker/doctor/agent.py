@@ -11,7 +11,7 @@ from typing import Any
 
 from keybroker import paths
 from keybroker.connect.connected import Connected
-from keybroker.connect.organisation import is_ours
+from keybroker.connect.edit import is_ours
 from keybroker.connect.proof import prove
 from keybroker.doctor.finding import Close, Command, Finding, Severity
 from keybroker.doctor.requests import Layer

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from keybroker.config import Profile
+from keybroker.connect.edit import is_ours
 from keybroker.connect.line import helper_line
-from keybroker.connect.organisation import is_ours
 from keybroker.connect.plan import Place
 from keybroker.connect.tokens import tokens
 from keybroker.doctor import program, requests
