@@ -403,7 +403,7 @@ class Config:
             raise ConfigError("config: no profile is configured", hint=_no_profile(self.files))
         raise ConfigError(
             "config: several profiles, and none was named",
-            hint=f"name one, or set default: {known}",
+            hint=f'--profile NAME, or default = "NAME" in the file: {known}',
         )
 
 

@@ -235,7 +235,10 @@ def test_get_with_a_misspelt_key_names_file_and_line(cli: Cli) -> None:
     [
         (
             ["get"],
-            "config: several profiles, and none was named; name one, or set default: home, work",
+            (
+                "config: several profiles, and none was named; "
+                '--profile NAME, or default = "NAME" in the file: home, work'
+            ),
         ),
         (["get", "wrok"], "config: no profile 'wrok'; profiles: home, work"),
     ],

@@ -464,7 +464,7 @@ def test_a_profile_is_named_or_the_only_one_or_the_default(
             f"{WORK}{WORK.replace('work', 'home')}",
             None,
             "config: several profiles, and none was named",
-            "name one, or set default: home, work",
+            '--profile NAME, or default = "NAME" in the file: home, work',
         ),
     ],
 )

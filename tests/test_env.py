@@ -144,7 +144,7 @@ def test_a_printed_key_is_short_small_and_listed(user: Resident, gateway: DevGat
     [found] = re.findall(r"export ANTHROPIC_AUTH_TOKEN='(.+)'", text)
     key = str(found)
     said = re.fullmatch(
-        r"keybroker: key ([0-9a-f]{8}) until [-0-9: ]+, for at most 2; it cannot rotate; "
+        r"keybroker: key ([0-9a-f]{8}) until [-0-9: ]+, with a budget of 2; it cannot rotate; "
         r"keybroker revoke (work-env-[0-9a-f]{6}) ends it\n",
         stderr,
     )

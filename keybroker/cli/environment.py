@@ -72,5 +72,5 @@ def _say_exported(notes: Notes, lease: Lease, of: Profile) -> None:
     if of.kind is Kind.FOLLOWED:
         notes.always(f"{key} is that of {of.name}, which is not made here; it cannot rotate")
         return
-    budget = "" if lease.limits.budget is None else f", for at most {lease.limits.budget:g}"
+    budget = "" if lease.limits.budget is None else f", with a budget of {lease.limits.budget:g}"
     notes.always(f"{key}{budget}; it cannot rotate; keybroker revoke {lease.name} ends it")

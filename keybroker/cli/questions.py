@@ -63,7 +63,10 @@ class Asker:
         if given is not None:
             return given
         if not self.can:
-            return self.text(None, flag, question, default)
+            if default is None:
+                missing = f"{flag} is missing, and there is no terminal to ask at"
+                raise click.UsageError(f"{missing}; one of {', '.join(words)}")
+            return default
         answer: str = click.prompt(
             question,
             type=click.Choice(list(words)),
@@ -200,7 +203,8 @@ class Questions:
             self.draft.put(path, reference(given, flag))
             return
         if given is None and not self.asker.can:
-            raise click.UsageError(f"{flag} is missing, and there is no terminal to ask at")
+            missing = f"{flag} is missing, and there is no terminal to ask at"
+            raise click.UsageError(f"{missing}; it takes {PLACES}, or - for stdin")
         ask = f"{question.rstrip('.')} (not shown; or {PLACES}, …)"
         typed = (
             self._line(flag) if not self.asker.can else click.prompt(ask, hide_input=True, err=True)

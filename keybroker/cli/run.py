@@ -525,7 +525,7 @@ def about(lease: Lease, short: str, *, rotates: bool, full: bool) -> list[str]:
         return [f"{short} has {what}: {key}; it cannot rotate there"]
     if not full:
         return [f"{short} has a key of its own, {key}; it cannot rotate"]
-    budget = "" if lease.limits.budget is None else f", for at most {lease.limits.budget:g}"
+    budget = "" if lease.limits.budget is None else f", with a budget of {lease.limits.budget:g}"
     return [
         f"{short} has a key of its own in {TOKEN}: {key}{budget}",
         "it cannot rotate there, and ends with the program; --ttl lets it live longer",
