@@ -100,6 +100,7 @@ class _Profile:
     filed: str | None = ""  # the label of the key in its file; None: that is not known
     file_at: datetime | None = None  # the file could not be written: it is tried again then
     tried_at: datetime | None = None  # an issue or poll last failed
+    again: bool = False  # something changed while it was tried: its answer may be an old one's
     patient: bool = False  # by a denial, or with a wish of the server's when to come back
     late: bool = False  # it was said that a replacement is late
     published: str = ""  # the label of the key that was handed out last
@@ -359,16 +360,8 @@ class Broker:
                 continue
             if by_hand:
                 self._forgive(at_work)
-            if at_work.file_at is not None:
-                at_work.file_at = None
-                self._change(at_work)
-            if at_work.policy.kind is Kind.FOLLOWED and at_work.profile is not None:
-                at_work.slots = rotation.hurried(at_work.slots)
-                self._change(at_work)
-            elif at_work.slots.failures or (at_work.slots.next and at_work.slots.next.failures):
-                at_work.slots = rotation.at_once(at_work.slots)
-                at_work.patient = False
-                self._change(at_work)
+            at_work.again = at_work.busy is not None
+            self._retry(at_work)
 
     def reread(self) -> None:
         """
@@ -559,6 +552,9 @@ class Broker:
                 self._fail(at_work, KeybrokerError(f"broker: {type(error).__name__} in an answer"))
                 broken = error
             self._report(at_work, before)
+            if at_work.again:
+                at_work.again = False
+                self._retry(at_work)
             self._change(at_work)
         if broken is not None:
             raise broken
@@ -601,6 +597,18 @@ class Broker:
         self.replan()
 
     # deciding
+
+    def _retry(self, at_work: _Profile) -> None:
+        if at_work.file_at is not None:
+            at_work.file_at = None
+            self._change(at_work)
+        if at_work.policy.kind is Kind.FOLLOWED and at_work.profile is not None:
+            at_work.slots = rotation.hurried(at_work.slots)
+            self._change(at_work)
+        elif at_work.slots.failures or (at_work.slots.next and at_work.slots.next.failures):
+            at_work.slots = rotation.at_once(at_work.slots)
+            at_work.patient = False
+            self._change(at_work)
 
     def _hurry(self, at_work: _Profile) -> None:
         at_work.slots = rotation.hurried(at_work.slots)

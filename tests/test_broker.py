@@ -17,6 +17,7 @@ from keybroker.credential import Credential, Issuer, Lease, Look, Phase, Secret,
 from keybroker.document import Where
 from keybroker.errors import (
     CLASSES,
+    ConfigError,
     KeybrokerError,
     NobodyAnswers,
     NotReady,
@@ -849,6 +850,24 @@ def test_rotate_reads_a_followed_key_at_once(host: Host) -> None:
     host.owner.value = "sk-second"
     host.broker.hurry("work")
     assert host.ask() == "sk-second"
+
+
+@pytest.mark.parametrize("seen", ["sk-first", "an empty file"])
+def test_what_is_written_while_it_is_read_is_read_again(host: Host, seen: str) -> None:
+    """The answer under way may be of a file that was only being written."""
+    host.start(following())
+    host.ask()
+    if seen == "an empty file":
+        host.owner.problem = ConfigError("reference file:key: what it names is empty")
+    host.broker.hurry("work")
+    host.broker.turn()
+    assert host.broker.busy
+
+    host.owner.value, host.owner.problem = "sk-second", None
+    host.broker.retry()
+
+    assert host.ask() == "sk-second"
+    assert host.broker.slots("work").trouble is None
 
 
 def test_an_older_version_changes_nothing(host: Host) -> None:

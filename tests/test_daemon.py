@@ -119,7 +119,7 @@ def test_a_restart_answers_from_the_cache(running: Resident, gateway: DevGateway
     ("profile_name", "expected"),
     [
         ("other", "error 78 keybroker: config: no profile 'other'; profiles: work"),
-        ("", "error 78 keybroker: config: several profiles, and none was named; name one,"),
+        ("", "error 78 keybroker: config: several profiles, and none was named; --profile NAME,"),
     ],
 )
 def test_a_profile_that_is_not_there(
