@@ -42,6 +42,7 @@ from keybroker.label import new_label
 from keybroker.logins import Logins
 from keybroker.pool import Answer
 from keybroker.rotation import Kind, Policy
+from keybroker.signin import needed_by
 from keybroker.slots import (
     Event,
     Key,
@@ -91,6 +92,7 @@ class _Profile:
     busy: "tuple[int, rotation.Step, str] | None" = None  # request, step, label
     due: datetime | None = None  # when it is looked at again
     ending: str = ""  # why all its keys are given up
+    dropped: bool = False  # what somebody else keeps is not to be handed out any more
     exported: bool = False  # its key is somebody's until its end, and there is no other
     absent: set[str] = field(default_factory=set)  # labels that are not where keys are published
     resting: bool = False  # they were: nothing is minted before somebody asks
@@ -100,6 +102,7 @@ class _Profile:
     filed: str | None = ""  # the label of the key in its file; None: that is not known
     file_at: datetime | None = None  # the file could not be written: it is tried again then
     tried_at: datetime | None = None  # an issue or poll last failed
+    fresh: bool = False  # somebody wants another token, not the one that is known
     again: bool = False  # something changed while it was tried: its answer may be an old one's
     patient: bool = False  # by a denial, or with a wish of the server's when to come back
     late: bool = False  # it was said that a replacement is late
@@ -214,6 +217,7 @@ class Broker:
         """Ask for a new key at once."""
         at_work = self._profiles[name]
         self._forgive(at_work)
+        at_work.fresh = True
         self._hurry(at_work)
 
     def ask(self, name: str) -> None:
@@ -569,6 +573,12 @@ class Broker:
         at_work.resting = not at_work.policy.publishes  # there are others who read it
         self._change(at_work)
 
+    def drop(self, name: str) -> None:
+        """Hand out no longer what somebody else keeps: a token whose person signed out."""
+        at_work = self._profiles[name]
+        at_work.dropped = True
+        self._change(at_work)
+
     def export(self, name: str) -> None:
         """Let go of a key that somebody has for good: it is revoked at its end, none follows."""
         at_work = self._profiles[name]
@@ -724,6 +734,10 @@ class Broker:
                 if doomed:
                     return rotation.Revoke(doomed[0].label)
                 at_work.ending = ""
+        if at_work.dropped:
+            for one in slots.keys:
+                return rotation.Retire(one.label, rotation.SIGNED_OUT)
+            at_work.dropped = False
         if at_work.exported and slots.current is not None:
             later = slots.current.not_before or now
             if later <= now:
@@ -902,7 +916,11 @@ class Broker:
             current = slots.current  # who is in a hurry wants it read, whatever the labels say
             known = current is not None and current.label in at_work.secrets and not slots.rotate
             lease = current.lease if current is not None and known else None
-            self._send(at_work, step, "", "poll", calls, profile=profile, lease=lease)
+            doubted = current is not None and current.refused_at is not None
+            doubted = doubted or at_work.fresh
+            at_work.fresh = False
+            values = {"fresh": True} if doubted and profile.type == "login" else {}
+            self._send(at_work, step, "", "poll", calls, profile=profile, lease=lease, **values)
         elif isinstance(step, rotation.Stage):
             self._send(
                 at_work,
@@ -965,7 +983,7 @@ class Broker:
                 at_work.slots,
                 Record(self.now(), Event.GONE, at_work.name, step.label, why=step.why),
             )
-            if step.why == rotation.MOVED:  # which is no failure: the other source is read at once
+            if step.why in (rotation.MOVED, rotation.SIGNED_OUT):  # no failure: it is read at once
                 at_work.slots = rotation.hurried(at_work.slots)
             else:
                 before = at_work.slots.trouble
@@ -1019,7 +1037,7 @@ class Broker:
         if asks and self._logins.must_wait(issuer, at_work.name):
             return
         if asks:
-            values["session"] = self.session(issuer)
+            values.update(session=self.session(issuer), **self.opener(issuer))
         seconds = calls + EXTRA_SECONDS
         number = self._workers.send(issuer.type, op, seconds, urgent=at_work.asked, **values)
         at_work.busy = (number, step, label)
@@ -1041,6 +1059,12 @@ class Broker:
         """Return what an issuer is asked with, where it wants a session."""
         return self._logins.of(issuer)
 
+    def opener(self, issuer: Issuer) -> dict[str, Any]:
+        """Return what opens the sign-ins that an issuer is asked with, where it needs any."""
+        if self._wrap_key is None or not any(needed_by(issuer)):
+            return {}
+        return {"unseals": self._wrap_key}
+
     def hold(self, sessions: Iterable[Session]) -> None:
         """Keep what a worker began or renewed, sealed where that is possible."""
         for session in sessions:
@@ -1059,6 +1083,7 @@ class Broker:
                 RENEWAL_SECONDS + EXTRA_SECONDS,
                 vault=issuer.vault,
                 session=self.session(issuer),
+                **self.opener(issuer),
             )
             self._logins.renewing(issuer, now)
         return due

@@ -113,7 +113,7 @@ class Cache:
         if self._key is None:
             return
         nonce = os.urandom(12)
-        sealed = _cipher(self._key).encrypt(nonce, data, _bound_to(name))
+        sealed = cipher(self._key).encrypt(nonce, data, _bound_to(name))
         try:
             self._disk.directory(self._directory)
             self._disk.replace(self._file(name), MAGIC + nonce + sealed)
@@ -133,14 +133,12 @@ class Cache:
             return None
         if self._key is None:
             raise CacheLocked(f"cache: the key that opens {self._file(name)} is not there")
-        from cryptography.exceptions import InvalidTag
-
         nonce, sealed = data[len(MAGIC) : len(MAGIC) + 12], data[len(MAGIC) + 12 :]
         try:
             if not data.startswith(MAGIC):
                 raise ValueError
-            return read(_cipher(self._key).decrypt(nonce, sealed, _bound_to(name)))
-        except (InvalidTag, ValueError, KeyError, TypeError):
+            return read(cipher(self._key).decrypt(nonce, sealed, _bound_to(name)))
+        except (not_sealed_so(), ValueError, KeyError, TypeError):
             raise CacheUnreadable(
                 f"cache: {self._file(name)}: cannot be opened with this key"
             ) from None
@@ -245,7 +243,15 @@ def _is_key(text: str) -> bool:
         return False
 
 
-def _cipher(key: Secret):  # type: ignore[no-untyped-def]  # cryptography is imported late
+def not_sealed_so() -> type[Exception]:
+    """Return what is raised where something was sealed with another key, or damaged."""
+    from cryptography.exceptions import InvalidTag
+
+    return InvalidTag
+
+
+def cipher(key: Secret):  # type: ignore[no-untyped-def]  # cryptography is imported late
+    """Return AES-256-GCM with a key in hex; a nonce of 12 bytes is used once."""
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
     return AESGCM(bytes.fromhex(key.reveal()))

@@ -5,7 +5,6 @@ No secret is in it; a secret is a reference. Unknown keys are errors, because a 
 """
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +24,8 @@ from keybroker.fields import (
     DURATION,
     GATEWAY,
     HEADERS,
+    LOGIN,
+    NAME,
     PATH,
     POINTER,
     REFERENCE,
@@ -42,6 +43,7 @@ from keybroker.fields import (
 )
 from keybroker.label import is_made
 from keybroker.rotation import RETRY_MAX, Kind, Policy, default_hold, shortest_lifetime
+from keybroker.signin import LOGINS, SignIn, expanded, needed_by, read_login
 from keybroker.values import dataclass, field
 from keybroker.vault import AUTH, PLACE, Vault, read_vault, with_variables
 
@@ -51,7 +53,6 @@ LONGEST_LEASE, LONGEST_ORPHAN = timedelta(hours=24), timedelta(hours=768)
 SMALLEST_WINDOW = 100_000  # tokens; see https://code.claude.com/docs/en/llm-gateway-connect
 NO_VAULT = "there is no [vault] table that says how to log in to Vault; see docs/vault.md"
 ENDED = "was made for one program, and is not handed out any more"
-NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
 GENERAL = {
     "default": Field(TEXT, "The profile that is meant when none is named."),
@@ -144,7 +145,8 @@ CLAUDE = {
 }
 SOURCES: dict[str, dict[str, Field]] = {
     "litellm": {
-        "admin": Field(REFERENCE, "Where the key with key-management rights is.", required=True),
+        "admin": Field(REFERENCE, "Where the key with key-management rights is."),
+        "login": Field(LOGIN, "In place of it: the login whose person mints keys of their own."),
         "url": Field(URL, "The key API, where it is not at the origin of base_url."),
         "lifetime": Field(DURATION, "How long a minted key lives.", default=timedelta(hours=12)),
         "timeout": Field(DURATION, "The longest one call takes.", default=timedelta(seconds=8)),
@@ -205,6 +207,13 @@ SOURCES["vault"] = {
     ),
     "poll": Field(DURATION, "How often it is read.", default=timedelta(seconds=60)),
     "timeout": Field(DURATION, "The longest one call takes.", default=timedelta(seconds=8)),
+}
+SOURCES["login"] = {
+    "login": Field(LOGIN, "The login whose token is the key.", required=True),
+    "poll": Field(
+        DURATION, "How often it is looked at beside its renewals.", default=timedelta(hours=1)
+    ),
+    "timeout": Field(DURATION, "The longest one renewal takes.", default=timedelta(seconds=16)),
 }
 AWS_PLACE = {
     **aws.PLACE,
@@ -296,11 +305,14 @@ class Profile:
         account = "" if self.account is None else self.account.text
         if self.kind is Kind.MINTED:
             url = self.source["url"] or origin(self.base_url)
-            return Issuer(self.type, url, self.source["admin"], self.ca, vault, account)
+            admin = self.source["admin"] or self.source["login"]
+            return Issuer(self.type, url, admin, self.ca, vault, account)
         if self.type == "vault" and self.vault is not None:
             return _vault_issuer(self.vault, self.source)
         if self.type == "aws" and self.account is not None:
             return _aws_issuer(self.account, self.source)
+        if self.type == "login":
+            return Issuer(self.type, self.base_url, self.source["login"])
         if self.type == "command":
             return Issuer(self.type, self.base_url, Reference("command", self.source["command"]))
         return Issuer(self.type, self.base_url, self.source["key"], vault=vault, aws=account)
@@ -309,6 +321,11 @@ class Profile:
     def asked(self) -> tuple[Issuer, ...]:
         """All that is asked for this profile: who issues its keys, where they are published."""
         return (self.issuer,) if self.publish is None else (self.issuer, self.publish.issuer)
+
+    @property
+    def logins(self) -> tuple[SignIn, ...]:
+        """The sign-ins that this profile's keys depend on."""
+        return tuple(one for issuer in self.asked for one in needed_by(issuer))
 
     @property
     def openai_url(self) -> str:
@@ -379,6 +396,7 @@ class Config:
     default: str | None
     cache_key: str
     files: tuple[Path, ...]
+    logins: Mapping[str, SignIn] = field(default_factory=dict)
 
     def profile(self, name: str | None) -> Profile:
         """
@@ -488,7 +506,11 @@ def parse(
     claude = _dict(shared, "claude", where, ("defaults",))
     read_table_of(claude, CLAUDE, ("defaults", "claude"), where)
     read_table_of({k: v for k, v in shared.items() if k != "claude"}, known, ("defaults",), where)
-    vault = _dict(tables, "vault", where)
+    logins = {
+        name: read_login(name, _dict({name: entry}, name, where, ("logins",)), where)
+        for name, entry in _dict(tables, "logins", where).items()
+    }
+    vault = expanded(_dict(tables, "vault", where), logins, ("vault",), where)
     for name in vault:
         if name not in (*PLACE, "auth"):
             raise where.error(("vault", name), unknown(name, [*PLACE, "auth"]))
@@ -510,6 +532,9 @@ def parse(
             if word in entry:
                 raise where.error(("profiles", name, word), unknown(word, list(PROFILE)))
         whole = {**shared, **entry}
+        for word in ("source", "publish"):
+            if word in whole:
+                whole[word] = expanded(whole[word], logins, ("profiles", name, word), where)
         if claude and isinstance(entry.get("claude", {}), dict):
             whole["claude"] = {**claude, **entry.get("claude", {})}
         whole = _with_vault(name, whole, vault, environment, where)
@@ -518,7 +543,7 @@ def parse(
     default = general["default"]
     if default is not None and default not in profiles:
         raise where.error(("default",), "no profile has this name")
-    return Config(profiles, default, cache["key"], files)
+    return Config(profiles, default, cache["key"], files, logins)
 
 
 def _with_vault(
@@ -599,7 +624,9 @@ def read_profile(name: str, raw: Mapping[str, Any], where: Where) -> Profile:
     settings = read_table_of(rest, SOURCES[kind], (*path, "source"), where)
     publish = _read_publish(raw, path, where)
     readers = timedelta() if publish is None else 2 * publish.settings["poll"]
-    values["hold"] = values["hold"] or default_hold(values["helper_ttl"]) + readers
+    # a token of a login lives for minutes: what it replaces is not kept for longer than is read
+    usual = 3 * values["helper_ttl"] if kind == "login" else default_hold(values["helper_ttl"])
+    values["hold"] = values["hold"] or usual + readers
     profile = Profile(
         name=name,
         **values,
@@ -651,6 +678,13 @@ def _contradictions(profile: Profile) -> Iterator[tuple[str, str]]:
             yield "source.placeholder", "expected one word of printable ASCII"
         if value.startswith(("sk-", "Bearer")) or len(value) > 64:
             yield "source.placeholder", "this looks like a key; use key = { keyring = … }"
+    if profile.type == "litellm":
+        given = [k for k in ("admin", "login") if profile.source[k] is not None]
+        if not given:
+            rights = "where the key with key-management rights is; or login, which needs none"
+            yield "source", f"has no admin: {rights}"
+        if len(given) == 2:
+            yield "source.login", "is in place of admin; take one of them out"
     if profile.kind is not Kind.MINTED and profile.verify == "info":
         yield "verify", f"a source of type {profile.type} has no key API to ask"
     if profile.type == "vault":
@@ -748,6 +782,11 @@ def schema() -> dict[str, Any]:
             "cache": _object(CACHE),
             "vault": vault,
             "aws": _object(aws.PLACE),
+            "logins": {
+                "type": "object",
+                "propertyNames": {"pattern": f"^{NAME.pattern}$"},
+                "additionalProperties": {"oneOf": [_named("type", *one) for one in LOGINS.items()]},
+            },
             "defaults": {
                 **{k: v for k, v in base.items() if k != "required"},
                 "properties": {**base["properties"], "claude": _object(CLAUDE)},

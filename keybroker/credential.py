@@ -75,15 +75,21 @@ class Reference:
     """
     Where a secret is, never the secret: `{ keyring = "litellm-admin" }`.
 
-    `kind` is env, file, keyring, command, vault or aws; `value` a name, a path, a user name in
-    the keyring, a program with its arguments, or a place in Vault or at AWS, # and a field.
+    `kind` is env, file, keyring, command, vault, aws or login; `value` a name, a path, a user name
+    in the keyring, a program with its arguments, a place in Vault or at AWS, # and a field, or
+    a login's table as JSON.
     """
 
     kind: str
     value: str | tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.value if isinstance(self.value, str) else self.value[0]}"
+        value = self.value if isinstance(self.value, str) else self.value[0]
+        if self.kind == "login" and value.startswith("{"):
+            import json
+
+            value = json.loads(value)["name"]
+        return f"{self.kind}:{value}"
 
 
 @dataclass(frozen=True, slots=True)

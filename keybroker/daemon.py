@@ -25,6 +25,7 @@ from keybroker import (
     listening,
     outcomes,
     paths,
+    signin,
     standing,
     vault,
     wire,
@@ -140,6 +141,7 @@ class Daemon:
             "lend": self._lend,
             "run": self._run,
             "export": self._export,
+            "sign": self._sign,
         }
         self._answers = Answers(self._config, Audit(state), self._files, operations)
         self._answers.excuse = self._lent_out
@@ -162,6 +164,7 @@ class Daemon:
         self._compacting: int | None = None  # the request that compacts the journal
         self._following: int | None = None  # the request that mends settings
         self._follows = True  # it is to be sent
+        self._signing: dict[int, Answer | None] = {}  # requests about sign-ins, and their answers
         self._written = 0  # records since the last time
         self._unlock_at, self._unlock_after = math.inf, UNLOCK_SECONDS[0]
         self._listen_at = math.inf  # the socket is gone and could not be made again
@@ -323,6 +326,8 @@ class Daemon:
                 self._compacting = None
                 if answer.error is not None:
                     self._log.once("warning", answer.error.message, about="compaction")
+            elif answer.id in self._signing:
+                self._signing[answer.id] = answer
             elif answer.id == self._following:
                 self._following = None
                 if answer.error is not None:
@@ -726,6 +731,44 @@ class Daemon:
             self._broker.retry(str(asked.get("profile")), by_hand=True)
         client.send(wire.answer({}), last=True)
         return None
+
+    def _sign(self, asked: Mapping[str, Any], client: Client) -> Job:
+        """Keep a sign-in that a command did, or sign out; we are who can seal it."""
+        broker, name = self._ready(), str(asked.get("login"))
+        sign_in = signin.one_named(name, self._file.logins)
+        stage, key = asked.get("stage"), asked.get("key")
+        number = self._pool.send(
+            "login",
+            "sign",
+            ACT_SECONDS,
+            urgent=True,
+            login=sign_in.text,
+            stage=stage,
+            key=key,
+            **broker.opener(sign_in.issuer),
+        )
+        self._signing[number] = None
+
+        def result(late: bool) -> Any | None:
+            answer = self._signing[number]
+            if answer is None and not late:
+                return None
+            del self._signing[number]
+            if answer is None:
+                raise NotReady("the daemon is busy", hint="try again")
+            if answer.error is not None:
+                raise answer.error
+            for profile in self._config.profiles.values():
+                if not any(one.name == name for one in profile.logins):
+                    continue
+                if stage == "keep":
+                    broker.retry(profile.name, by_hand=True)
+                elif stage != "check" and not profile.kind.ours:  # the token itself
+                    broker.drop(profile.name)
+                    self._pool.send("cache", "forget", ACT_SECONDS, profile=profile.name)
+            return answer.ok
+
+        return Job(client, result, time.monotonic() + ACT_SECONDS)
 
     def _stop(self, asked: Mapping[str, Any], client: Client) -> Job | None:
         client.send(wire.answer({"pid": os.getpid()}), last=True)

@@ -67,6 +67,12 @@ class SourceDenied(SourceError):
     exit_status = 77
 
 
+class LoginNeeded(SourceDenied):
+    """A sign-in has ended, or there was none: a person has to sign in."""
+
+    code = "login"
+
+
 class SourceInvalid(SourceError):
     """An answer, but not a usable credential."""
 
@@ -127,6 +133,7 @@ CLASSES: dict[str, type[KeybrokerError]] = {
         ConfigError,
         SourceUnavailable,
         SourceDenied,
+        LoginNeeded,
         SourceInvalid,
         CacheError,
         CacheLocked,

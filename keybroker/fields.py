@@ -26,9 +26,18 @@ GATEWAY, SERVER, SOCKET = (
     '"https://vault.example.com:8200"',
     '"unix:/run/vault/agent.sock"',
 )
-TABLES = ("defaults", "cache", "vault", "aws", "profiles")  # at the top of a file, and nowhere else
+TABLES = (
+    "defaults",
+    "cache",
+    "vault",
+    "aws",
+    "logins",
+    "profiles",
+)  # at the top of a file, and nowhere else
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")  # of a profile, of a login
 LOCAL = ("env", "file", "keyring", "command")  # what is read on this machine
-REFERENCES = (*LOCAL, "vault", "aws")
+SIGNED_IN = (*LOCAL, "login")
+REFERENCES = (*SIGNED_IN, "vault", "aws")
 VAULT_PATH = re.compile(r"(?!/|v1/)[!-\"$-.0->@-~]+(?:/[!-\"$-.0->@-~]+)+")  # no #, ?, empty part
 VAULT_NAME = re.compile(r"/?[!-\"$-.0->@-~]+(?:/[!-\"$-.0->@-~]+)*/?")
 VAULT_REFERENCE = re.compile(rf"{VAULT_PATH.pattern}#[!-~]+")
@@ -147,6 +156,18 @@ def read_reference(value: Any, allowed: tuple[str, ...] = REFERENCES) -> Referen
 def read_local_reference(value: Any) -> Reference:
     """Read a reference to what is on this machine."""
     return read_reference(value, LOCAL)
+
+
+def read_signed_in_reference(value: Any) -> Reference:
+    """Read a reference to what is on this machine, or to the token of a login."""
+    return read_reference(value, SIGNED_IN)
+
+
+def read_login_name(value: Any) -> Reference:
+    """Read the name of a login, or its table where the name was replaced by it already."""
+    if not _text(value):
+        raise ValueError('expected the name of a [logins.NAME] table, such as "corp"')
+    return Reference("login", str(value))
 
 
 def read_vault_path(value: Any) -> str:
@@ -345,4 +366,6 @@ def _reference_schema(kinds: tuple[str, ...]) -> dict[str, Any]:
 
 REFERENCE = Kind(read_reference, _reference_schema(REFERENCES))
 LOCAL_REFERENCE = Kind(read_local_reference, _reference_schema(LOCAL))
+SIGNED_IN_REFERENCE = Kind(read_signed_in_reference, _reference_schema(SIGNED_IN))
+LOGIN = Kind(read_login_name, {"type": "string", "pattern": f"^{NAME.pattern}$"})
 TEXT_OR_REFERENCE = Kind(read_text_or_reference, {"oneOf": [TEXT.schema, LOCAL_REFERENCE.schema]})

@@ -28,6 +28,7 @@ from keybroker.journal import (
     write_time,
 )
 from keybroker.logins import name_of
+from keybroker.signin import needed_by
 from keybroker.slots import Record
 from keybroker.values import dataclass, field
 
@@ -381,6 +382,10 @@ def variables(config: Config | None, issuers: Iterable[Issuer] = ()) -> dict[str
             names |= vault.variables(issuer.vault)
         if issuer.aws:
             names.update(aws.VARIABLES)
+        for sign_in in needed_by(issuer):
+            names |= sign_in.variables
+    for sign_in in config.logins.values() if config else ():
+        named.setdefault("login", set()).update(sign_in.variables)
     return named
 
 

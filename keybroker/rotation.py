@@ -19,6 +19,7 @@ SECOND_REFUSAL_AFTER = timedelta(seconds=1)
 # is when no gateway or proxy in between can still be holding the request.
 LOOK_UPS = (timedelta(seconds=5), timedelta(seconds=60), timedelta(minutes=10), timedelta(hours=1))
 MOVED = "the profile names another source now"
+SIGNED_OUT = "signed out"
 BEATEN = "another one was published first"
 AGED = "it aged before it was verified"
 ELSEWHERE = "keys are published elsewhere now"

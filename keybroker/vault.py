@@ -21,6 +21,7 @@ from keybroker.fields import (
     LOCAL_REFERENCE,
     MOUNT,
     PATH,
+    SIGNED_IN_REFERENCE,
     TEXT,
     TEXT_OR_REFERENCE,
     Field,
@@ -44,7 +45,7 @@ PLACE = {
 }
 AUTH: dict[str, dict[str, Field]] = {
     "token": {
-        "token": Field(LOCAL_REFERENCE, "Where a token is.", required=True),
+        "token": Field(SIGNED_IN_REFERENCE, "Where a token is.", required=True),
         "renew": Field(BOOLEAN, "Renew it while that works.", default=True),
     },
     "approle": {
@@ -60,7 +61,9 @@ AUTH: dict[str, dict[str, Field]] = {
     "jwt": {
         "mount": Field(MOUNT, "Where the method is mounted.", default="jwt"),
         "role": Field(TEXT, "The role; the method's default one when absent."),
-        "jwt": Field(LOCAL_REFERENCE, "Where the token is; read for each login.", required=True),
+        "jwt": Field(
+            SIGNED_IN_REFERENCE, "Where the token is; read for each login.", required=True
+        ),
     },
     "kubernetes": {
         "mount": Field(MOUNT, "Where the method is mounted.", default="kubernetes"),

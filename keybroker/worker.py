@@ -81,6 +81,8 @@ EFFECTS = (
     "gone",
     "forget",
     "keep",
+    "sign_in",
+    "sign_out",
     "answer",
 )
 
@@ -483,6 +485,85 @@ class Operations:
         if isinstance(name, str) and message["op"] not in UNRECORDED:
             self._audit("failed", name, "", op=str(message["op"]), message=error.message)
 
+    def unseal(self, key: str | None, *, fresh: bool) -> None:
+        """Take what opens the sign-ins, from who may give it; `fresh`: a token is doubted."""
+        self.held.fresh = fresh
+        if key is not None:
+            from keybroker.login.tokens import Store
+
+            self.held.store = Store(self.state, Secret(key), self.disk)
+
+    def sign_in(self, login: str, ways: list[str]) -> dict[str, Any]:
+        """
+        Begin to sign in.
+
+        Args:
+            login: The table's text.
+            ways: Those that would do, the best one first.
+
+        Returns:
+            What the person is told.
+        """
+        from keybroker.login.flow import SigningIn
+        from keybroker.signin import read_text
+
+        begun = SigningIn(read_text(login), self.environment, ways)
+        self._opened["sign_in"] = begun
+        return begun.begin()
+
+    def sign_in_step(self, pasted: str | None, wait: float) -> dict[str, Any]:
+        """
+        Wait a while for the person who signs in.
+
+        Returns:
+            When it is done, the key to a sealed file with what it gave, for whoever keeps it, and
+            what may be said of it.
+        """
+        from keybroker.login import tokens as given
+        from keybroker.signin import encode_standing
+
+        tokens = self._opened["sign_in"].step(pasted, wait)
+        if tokens is None:
+            return {"key": None}
+        key = Secret(os.urandom(32).hex())
+        given.incoming(self.state, key, self.disk).save(tokens)
+        return {"key": key.reveal(), "standing": encode_standing(tokens.standing)}
+
+    def sign(self, login: str, stage: str, key: str | None = None) -> dict[str, Any]:
+        """
+        Keep a sign-in that was just done, or sign out.
+
+        Args:
+            login: The table's text.
+            stage: `check` that one could be kept; `keep` it from a file; `leave`, so that nothing
+                new is made with it; `end`, which tells the provider and forgets it here;
+                `forget`, which only does the latter.
+            key: Opens the file.
+        """
+        from keybroker import login as logins
+        from keybroker.login.tokens import incoming
+        from keybroker.signin import read_text
+
+        sign_in, store = read_text(login), self.held.sign_ins
+        told = False
+        if stage == "keep" and key is not None:
+            given = incoming(self.state, Secret(key), self.disk)
+            tokens = given.load(sign_in)
+            if tokens is None:
+                raise CacheError(f"login {sign_in.name}: what the sign-in gave is not there")
+            with store.alone(sign_in.name):
+                perform("sign_in", lambda: store.save(tokens))
+            given.forget(sign_in.name)
+        elif stage == "check":  # whether one could be kept
+            return {"told": False}
+        elif stage == "leave":
+            logins.leave(sign_in, store)
+        elif stage == "forget":
+            store.forget(sign_in.name)
+        else:
+            told = perform("sign_out", lambda: logins.end(sign_in, self.environment, store))
+        return {"told": told}
+
     def expect(self, messages: Sequence[Mapping[str, Any]]) -> None:
         """Read with few calls what the polls that are waiting in a row will ask for."""
         wanted = [one for one in messages if _type(one) in sources.TOGETHER]
@@ -557,6 +638,7 @@ def answer(operations: Operations, message: Mapping[str, Any]) -> dict[str, Any]
     reply: dict[str, Any] = {"id": message.get("id")}
     if (session := message.get("session")) is not None:
         operations.held.take(decode_session(session))
+    operations.unseal(message.get("unseals"), fresh=message.get("fresh") is True)
     try:
         method = getattr(operations, str(message["op"]))
         reply["ok"] = method(**_arguments(message))
@@ -589,7 +671,7 @@ def _arguments(message: Mapping[str, Any]) -> dict[str, Any]:
         "hold": lambda v: None if v is None else timedelta(seconds=v),
         "revoke_at": read_time,
     }
-    envelope = ("id", "op", "seconds", "session")
+    envelope = ("id", "op", "seconds", "session", "unseals", "fresh")
     rest = {name: value for name, value in message.items() if name not in envelope}
     return {name: read[name](value) if name in read else value for name, value in rest.items()}
 

@@ -72,6 +72,7 @@ def test_the_smallest_profile_has_every_default() -> None:
         "type": "litellm",
         "source": {
             "admin": Reference("env", "ADMIN"),
+            "login": None,
             "url": None,
             "lifetime": timedelta(hours=12),
             "timeout": timedelta(seconds=8),
@@ -191,19 +192,22 @@ def test_an_issuer_is_where_a_key_is_revoked(text: str, issuer: Issuer) -> None:
         (f"[profiles.work]\n{HEAD}source = 1", "profiles.work.source: expected a table"),
         (
             f"[profiles.work]\n{HEAD}[profiles.work.source]\nlifetime = '12h'",
-            "profiles.work.source.type: expected one of aws, command, litellm, static, vault",
+            "profiles.work.source.type: expected one of aws, command, "
+            "litellm, login, static, vault",
         ),
         (
             f"[profiles.work]\n{HEAD}[profiles.work.source]\ntype = 'litelm'",
-            "profiles.work.source.type: expected one of aws, command, litellm, static, vault",
+            "profiles.work.source.type: expected one of aws, command, "
+            "litellm, login, static, vault",
         ),
         (
             f"[profiles.work]\n{HEAD}[profiles.work.source]\ntype = ['litellm']",
-            "profiles.work.source.type: expected one of aws, command, litellm, static, vault",
+            "profiles.work.source.type: expected one of aws, command, "
+            "litellm, login, static, vault",
         ),
         (
             f"[profiles.work]\n{HEAD}[profiles.work.source]\ntype = 'litellm'",
-            "profiles.work.source: has no admin: where the key with key-management rights is.",
+            "profiles.work.source: has no admin: where the key with key-management rights is",
         ),
         (
             f"{WORK}lifetme = '1h'",

@@ -22,6 +22,9 @@ from keybroker.kernel import close_to_debuggers
 
 COMMANDS = {
     "init": ("init", "Set up a profile: find the gateway, write the configuration, get a key."),
+    "login": ("login", "Sign in, once; keys are had with it from then on."),
+    "logout": ("login", "Sign out: end the keys that were had with it, then the sign-in."),
+    "whoami": ("login", "Show who is signed in where, and until when."),
     "get": ("keys", "Print the current key of a profile, for apiKeyHelper."),
     "rotate": ("keys", "Replace a key now; the old one is revoked after its hold."),
     "revoke": ("keys", "End every key of a profile at once."),

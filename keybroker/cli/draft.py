@@ -19,7 +19,6 @@ from keybroker.cli.table import with_keys
 from keybroker.config import (
     CACHE,
     CLAUDE,
-    NAME,
     PROFILE,
     PUBLISH,
     SOURCES,
@@ -29,7 +28,7 @@ from keybroker.config import (
 )
 from keybroker.document import Document, read
 from keybroker.errors import ConfigError
-from keybroker.fields import REFERENCES, Field
+from keybroker.fields import NAME, REFERENCES, Field
 from keybroker.tables import table_lines, toml
 from keybroker.values import replace
 from keybroker.vault import AUTH, PLACE

@@ -385,17 +385,7 @@ def revoke_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
             if publish is not None:
                 print(f"{name}: a new key would be published at {publish.issuer}")
         return
-    with progress("revoking"):
-        socket = daemon_socket()
-        if socket is not None:
-            asked = wire.EVERY if every else chosen
-            results = wire.control(socket, "revoke", ACT_SECONDS + 5, profiles=asked)
-        else:
-            named = [config.profiles[name] for name in chosen if name in config.profiles]
-            others = [one for one in named if one.publish is not None]  # read what is published
-            with owner() as lock, desk(config, lock=lock, mints=others) as at:
-                results = [_revoke(at, name) for name in chosen]
-                at.pool.close(at_once=True)  # what a gateway that hangs keeps us from is done again
+    results = end_keys(config, chosen, every=every)
     if as_json:
         print_json(results)
     else:
@@ -407,6 +397,37 @@ def revoke_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
             if result["unsettled"]:
                 what = "calls got no answer and may yet turn out to have made keys"
                 print(f"  {result['unsettled']} {what}; later commands look them up")
+    raise_what_is_left(results)
+
+
+def end_keys(config: Config, names: list[str], *, every: bool = False) -> list[dict[str, Any]]:
+    """
+    Revoke all keys of some profiles; return one row a profile.
+
+    Args:
+        every: All profiles that the daemon knows are meant.
+    """
+    with progress("revoking"):
+        socket = daemon_socket()
+        if socket is not None:
+            asked = wire.EVERY if every else names
+            found = wire.control(socket, "revoke", ACT_SECONDS + 5, profiles=asked)
+            return list(found)
+        known = [config.profiles[name] for name in names if name in config.profiles]
+        others = [one for one in known if one.publish is not None]  # read what is published
+        with owner() as lock, desk(config, lock=lock, mints=others) as at:
+            results = [_revoke(at, name) for name in names]
+            at.pool.close(at_once=True)  # what a gateway that hangs keeps us from is done again
+        return results
+
+
+def raise_what_is_left(results: list[dict[str, Any]]) -> None:
+    """
+    Say what was not revoked.
+
+    Raises:
+        KeybrokerError: Of the class that the first one failed with.
+    """
     left = [result for result in results if result["left"]]
     if left:
         first = left[0]

@@ -59,7 +59,8 @@ class Desk:
         """
         issuer = at or profile.issuer
         session = self.broker.session(issuer)
-        answer = self.pool.ask(issuer.type, op, seconds, session=session, **values)
+        opener = self.broker.opener(issuer)
+        answer = self.pool.ask(issuer.type, op, seconds, session=session, **opener, **values)
         self.broker.hold(answer.sessions)
         if answer.error is not None:
             raise answer.error

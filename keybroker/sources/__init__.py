@@ -153,6 +153,10 @@ def build(profile: Profile, environment: Mapping[str, str], held: Held | None = 
         return Command(profile, environment)
     seconds = profile.source["timeout"].total_seconds()
     reader = _reader(profile.issuer, environment, held, seconds)
+    if profile.type == "login":
+        from keybroker.sources.signed_in import SignedIn
+
+        return SignedIn(profile, environment, held)
     if profile.type == "litellm":
         from keybroker.sources.litellm import LiteLLM
 
@@ -177,15 +181,29 @@ def revoker(
     if issuer.type == "litellm":
         from keybroker.sources.litellm import LiteLLM
 
-        reader = _reader(issuer, environment, held, seconds)
+        reader = _reader(issuer, environment, held, seconds, ends=True)
         return LiteLLM.by(issuer, environment, seconds, reader)
     raise SourceInvalid(f"{issuer.type}: this keybroker cannot revoke what it issued")
 
 
 def _reader(
-    issuer: Issuer, environment: Mapping[str, str], held: Held, seconds: float
+    issuer: Issuer,
+    environment: Mapping[str, str],
+    held: Held,
+    seconds: float,
+    *,
+    ends: bool = False,
 ) -> Callable[[Reference], Secret] | None:
-    """Return what reads references that lead elsewhere, in a third of the time of a call."""
+    """
+    Return what reads references that lead elsewhere, in a third of the time of a call.
+
+    Args:
+        ends: What is read is to end what was made with it.
+    """
+    if issuer.admin is not None and issuer.admin.kind == "login":
+        from keybroker.sources.signed_in import read_reference as token
+
+        return lambda reference: token(reference, environment, held, ends=ends)
     if issuer.vault:
         from keybroker.sources.vault.place import read_reference
 

@@ -1,9 +1,13 @@
-"""The sessions that a worker was handed, until it hands them back; what its sources share."""
+"""The sessions that a worker was handed, until it hands them back; what its sources share.
+
+And what opens the sign-ins that are kept on disk.
+"""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from keybroker.credential import Session
+from keybroker.errors import CacheLocked
 from keybroker.values import replace
 
 T = TypeVar("T")
@@ -16,6 +20,8 @@ class Held:
         self._sessions: dict[str, Session] = {}
         self._changed: set[str] = set()
         self._shared: dict[str, Any] = {}
+        self.store: Any = None  # a `login.tokens.Store`
+        self.fresh = False  # a token that is still good is doubted
 
     def take(self, session: Session) -> None:
         """Go on with the broker's session, unless we know a newer one."""
@@ -38,6 +44,18 @@ class Held:
         self._sessions[session.key] = counted
         self._changed.add(session.key)
         return counted
+
+    @property
+    def sign_ins(self) -> Any:
+        """
+        Where sign-ins are kept.
+
+        Raises:
+            CacheLocked: Nobody gave us what opens them.
+        """
+        if self.store is None:
+            raise CacheLocked("login: nothing opens the sign-ins here")
+        return self.store
 
     def shared(self, name: str, make: Callable[[], T]) -> T:
         """Return what sources of one worker have together; it is made when it is first needed."""

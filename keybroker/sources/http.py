@@ -156,10 +156,15 @@ class Http:
         query: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
         body: Mapping[str, Any] | None = None,
+        form: str | None = None,
         redirect_is_reply: bool = False,
     ) -> Reply:
         """
         Send one request, once. A redirect is never followed.
+
+        Args:
+            body: Sent as JSON.
+            form: Sent as it is, as what a form of a page would.
 
         Raises:
             SourceUnavailable: No whole answer; `unknown` unless it was never sent.
@@ -172,6 +177,8 @@ class Http:
             deadline = min(deadline, self.until)
         seconds = max(0.05, deadline - time.monotonic())
         timeout = httpx.Timeout(seconds, connect=min(CONNECT_SECONDS, seconds))
+        if form is not None:
+            headers = {"content-type": "application/x-www-form-urlencoded", **(headers or {})}
         try:
             with self._opened().stream(
                 method,
@@ -179,6 +186,7 @@ class Http:
                 params=query,
                 headers=headers,
                 json=body,
+                content=form,
                 timeout=timeout,
             ) as response:
                 data = self._body(response, deadline)

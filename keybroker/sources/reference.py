@@ -23,8 +23,8 @@ def resolve(
     Return the secret.
 
     Args:
-        elsewhere: Reads what is in a Vault or at AWS; only what was configured with one names such
-            a place.
+        elsewhere: Reads what is in a Vault or at AWS, or the token of a login; only what was
+            configured with one names such a place.
         open_to_others: A file may be: whoever put it there, such as Kubernetes, wants it so.
 
     Raises:
@@ -42,7 +42,7 @@ def resolve(
             return Secret(_variable(name, environment))
         if kind == "file":
             return Secret(_file(name, open_to_others))
-        if kind in ("vault", "aws"):
+        if kind in ("vault", "aws", "login"):
             assert elsewhere is not None, "what names such a place was configured with one"
             return elsewhere(reference)
         return Secret(_keyring(name))

@@ -10,6 +10,7 @@ from typing import Any
 from keybroker.credential import Reference, Secret, Session, fingerprint
 from keybroker.errors import (
     CLASSES,
+    CacheError,
     ConfigError,
     KeybrokerError,
     SourceDenied,
@@ -19,6 +20,7 @@ from keybroker.errors import (
 )
 from keybroker.sources.held import Held
 from keybroker.sources.http import Reply
+from keybroker.sources.signed_in import read_reference
 from keybroker.sources.vault import methods
 from keybroker.sources.vault.refusals import ended, refusal
 from keybroker.sources.vault.server import Call, Server, part, said, seconds
@@ -136,16 +138,22 @@ class Login:
         return session
 
     def _is_replaced(self, session: Session) -> bool:
-        """Tell whether somebody put another token into the file that ours is from."""
-        if self._vault.method != "token" or self._vault.auth["token"].kind != "file":
+        """Tell whether somebody put another token in the place that ours is from."""
+        if self._vault.method != "token":
+            return False
+        if self._vault.auth["token"].kind not in ("file", "login"):
             return False
         try:
             return self._mark(self._material()) != session.material
-        except ConfigError:  # it is being replaced; ours is alive
+        except (ConfigError, CacheError, SourceError):  # it is being replaced; ours is alive
             return False
 
     def _material(self) -> methods.Material:
-        return methods.gather(self._vault, self._environment)
+        return methods.gather(
+            self._vault,
+            self._environment,
+            lambda reference: read_reference(reference, self._environment, self._held),
+        )
 
     def _mark(self, material: methods.Material) -> str:
         """

@@ -8,23 +8,26 @@ from urllib.parse import quote
 
 from keybroker.credential import Reference, Secret, sha256
 from keybroker.errors import ConfigError, SourceUnavailable
-from keybroker.sources.reference import resolve
+from keybroker.sources.reference import Reader, resolve
 from keybroker.vault import Vault
 
 Material = Mapping[str, Secret]  # what a login is made with, by names of ours
 Method = Callable[[Any, Mapping[str, Any], Material], Any]
 
 
-def gather(vault: Vault, environment: Mapping[str, str]) -> Material:
+def gather(vault: Vault, environment: Mapping[str, str], signed_in: Reader) -> Material:
     """
     Read what a login is made with.
+
+    Args:
+        signed_in: Returns the token of a `[logins.NAME]`.
 
     Raises:
         ConfigError, SourceDenied, SourceUnavailable: As `reference.resolve`.
     """
     projected = vault.method == "jwt"  # a token that a platform keeps in a file is open to others
     found = {
-        name: resolve(one, environment, open_to_others=projected)
+        name: resolve(one, environment, signed_in, open_to_others=projected)
         for name, one in vault.auth.items()
         if isinstance(one, Reference)
     }

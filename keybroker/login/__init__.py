@@ -1,0 +1,153 @@
+"""Signing in, once, and what is had with it from then on.
+
+One process at a time renews a token, with the file's lock in its hands; the new one is on the disk
+before anybody uses it. A provider that lets a refresh token be used once would otherwise end the
+sign-in of whoever comes second.
+"""
+
+from collections.abc import Mapping
+from datetime import timedelta
+
+from keybroker.errors import LoginNeeded, SourceUnavailable
+from keybroker.login.provider import Provider, needed, now
+from keybroker.login.tokens import Store, Tokens
+from keybroker.signin import SignIn
+
+APART = timedelta(seconds=10)  # of two renewals that are asked for though the token is good
+SIGNED_OUT = "it was signed out"
+MARGIN = timedelta(seconds=60)  # of a token's end that is not used: for the call, for two clocks
+
+
+def provider_of(sign_in: SignIn, environment: Mapping[str, str]) -> Provider:
+    """Return who signs in by a table. Its library is imported here and not before."""
+    from keybroker.login.oidc import Oidc
+
+    return Oidc(sign_in, environment)
+
+
+def current(
+    sign_in: SignIn,
+    environment: Mapping[str, str],
+    store: Store,
+    *,
+    least: timedelta | None = None,
+    fresh: bool = False,
+) -> Tokens:
+    """
+    Return a token that can be used, renewed where that is due.
+
+    Args:
+        least: What is to be left of its life; a third of it when absent.
+        fresh: Somebody has reason to doubt it: have a new one, unless it is that.
+
+    Raises:
+        LoginNeeded: A person has to sign in.
+        CacheError: The sign-in cannot be opened or kept now.
+        SourceError, ConfigError: It is to be renewed, and the provider did not do so.
+    """
+    tokens = _known(sign_in, store)
+    if _good(tokens, least, fresh=fresh):
+        return tokens
+    with store.alone(sign_in.name):
+        tokens = _known(sign_in, store)  # somebody else may have renewed it meanwhile
+        if _good(tokens, least, fresh=fresh):
+            return tokens
+        if tokens.refresh is None:
+            if tokens.left(now()) > 0:
+                return tokens
+            raise needed(sign_in, "the sign-in has ended")
+        provider = provider_of(sign_in, environment)
+        try:
+            renewed = provider.refresh(tokens)
+        except LoginNeeded as error:
+            store.save(tokens.ended(error.message.partition(": ")[2]))
+            raise
+        finally:
+            provider.close()
+        store.save(renewed)
+    return renewed
+
+
+def usable(
+    sign_in: SignIn,
+    environment: Mapping[str, str],
+    store: Store,
+    *,
+    least: timedelta,
+    ends: bool = False,
+) -> Tokens:
+    """
+    Return a token to ask something else with; one that could not be renewed does to its end.
+
+    Args:
+        ends: It is to end what was made with it, which may be done while signing out as well.
+
+    Raises:
+        LoginNeeded, CacheError, SourceError, ConfigError: As `current`; there is none.
+    """
+    try:
+        return current(sign_in, environment, store, least=least)
+    except (SourceUnavailable, LoginNeeded):
+        tokens = store.load(sign_in)
+        if tokens is None or tokens.left(now()) <= 0:
+            raise
+        if tokens.standing.ended == SIGNED_OUT and not ends:
+            raise
+        return tokens
+
+
+def margin(life: timedelta) -> timedelta:
+    """Return what is left of a token's life when it is not used any more."""
+    return min(MARGIN, life / 5)
+
+
+def _known(sign_in: SignIn, store: Store) -> Tokens:
+    tokens = store.load(sign_in)
+    if tokens is None or tokens.standing.ended == SIGNED_OUT:
+        raise needed(sign_in, "nobody is signed in")
+    if tokens.standing.ended:
+        raise needed(sign_in, tokens.standing.ended)
+    return tokens
+
+
+def _good(tokens: Tokens, least: timedelta | None, *, fresh: bool) -> bool:
+    """Say whether a token does as it is."""
+    standing, at = tokens.standing, now()
+    if fresh:
+        return tokens.refresh is None or at - standing.refreshed_at < APART
+    if standing.access_ends is None:
+        return True
+    life = standing.access_ends - standing.refreshed_at
+    enough = life / 3 if least is None else min(least, life / 3)
+    return standing.access_ends - at > enough
+
+
+def leave(sign_in: SignIn, store: Store) -> None:
+    """Begin to sign out: from now on the sign-in only ends what was made with it."""
+    with store.alone(sign_in.name):
+        tokens = store.load(sign_in)
+        if tokens is not None and not tokens.standing.ended:
+            store.save(tokens.ended(SIGNED_OUT))
+
+
+def end(sign_in: SignIn, environment: Mapping[str, str], store: Store) -> bool:
+    """
+    Sign out: end it at the provider, then here.
+
+    Returns:
+        Whether the provider was told; False where it knows no way, or nobody was signed in.
+
+    Raises:
+        SourceError: The provider did not confirm it: nothing was changed.
+    """
+    with store.alone(sign_in.name):
+        tokens = store.load(sign_in)
+        told = False
+        if tokens is not None and tokens.standing.ended in ("", SIGNED_OUT):
+            provider = provider_of(sign_in, environment)
+            try:
+                told = provider.revoke(tokens)
+            finally:
+                provider.close()
+        store.forget(sign_in.name)
+    return told

@@ -1,0 +1,166 @@
+"""Where the browser comes back to: an address of this machine, for one answer, for a while.
+
+See: RFC 8252, section 7.3. Whoever else asks is told nothing; who has not the state is a stranger.
+"""
+
+import hmac
+import threading
+from collections.abc import Callable, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from keybroker.errors import KeybrokerError, NobodyAnswers, place
+from keybroker.login import page
+from keybroker.login.tokens import Tokens
+
+SHOWN_SECONDS = 5.0  # until the page was fetched, or nobody will
+REQUEST_SECONDS = 5.0  # for one request to be sent
+OVER = "/signed-in"  # so that no address with a code in it stays in the browser
+STRANGER = "This is not the sign-in that is waiting here. It may be an older one."
+
+
+class Loopback:
+    """
+    Listens from the beginning; used as a context.
+
+    Args:
+        login: Its name, for the page.
+        host: 127.0.0.1, or localhost where a provider wants it so.
+        port: 0: any free one.
+        path: The only one that is answered.
+
+    Raises:
+        NobodyAnswers: The port is taken.
+    """
+
+    def __init__(self, login: str, host: str, port: int, path: str) -> None:
+        self._login = login
+        self._path = path
+        self._state = ""
+        self._redeem: Callable[[Mapping[str, str]], Tokens] | None = None
+        self._lock = threading.Lock()
+        self._found: Tokens | KeybrokerError | None = None
+        self._done = threading.Event()
+        self._shown = threading.Event()
+        loopback = self
+
+        class Handler(_Handler):
+            owner = loopback
+
+        try:
+            self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        except OSError as error:
+            raise NobodyAnswers(
+                f"login {login}: cannot listen on 127.0.0.1:{port} ({error.strerror})",
+                hint="end what uses the port, or set another one in the login's table",
+            ) from None
+        self._server.daemon_threads = True
+        self.port = self._server.server_address[1]
+        self.address = f"http://{host}:{self.port}{path}"
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def expect(self, state: str, redeem: Callable[[Mapping[str, str]], Tokens]) -> None:
+        """Take the answer that has this state."""
+        self._state, self._redeem = state, redeem
+
+    def wait(self, seconds: float) -> Tokens | None:
+        """
+        Return what the sign-in gave, once its page was seen; None when there is nothing yet.
+
+        Raises:
+            KeybrokerError: It failed.
+        """
+        if not self._done.wait(seconds):
+            return None
+        self._shown.wait(SHOWN_SECONDS)
+        if isinstance(self._found, KeybrokerError):
+            raise self._found
+        return self._found
+
+    def take(self, answer: Mapping[str, str]) -> bool:
+        """Take an answer if it is the one that is waited for; say whether it was."""
+        if self._redeem is None or not hmac.compare_digest(
+            answer.get("state", "").encode(), self._state.encode()
+        ):
+            return False
+        with self._lock:
+            if self._found is None:
+                try:
+                    self._found = self._redeem(answer)
+                except KeybrokerError as error:
+                    self._found = error
+                except Exception as error:  # its text may hold a secret; its place does not
+                    self._found = KeybrokerError(
+                        f"login {self._login}: {type(error).__name__} at {place(error)}"
+                    )
+                self._done.set()
+        return True
+
+    def page(self) -> tuple[int, str]:
+        """Return the page about how it ended."""
+        if isinstance(self._found, KeybrokerError):
+            return 400, page.failure(self._login, _sentence(self._found.message))
+        who = self._found.standing.who if self._found is not None else ""
+        return 200, page.success(self._login, who)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One request. `BaseHTTPRequestHandler` has these names."""
+
+    owner: Loopback
+    timeout = REQUEST_SECONDS
+    server_version, sys_version = "keybroker", ""
+    protocol_version = "HTTP/1.0"  # a connection ends with its answer
+
+    def do_GET(self) -> None:
+        owner = self.owner
+        target = urlsplit(self.path)
+        here = {f"{name}:{owner.port}" for name in ("127.0.0.1", "localhost")}
+        if self.headers.get("host") not in here:
+            self._answer(404, "Not found")
+        elif target.path == owner._path:
+            query = parse_qs(target.query, keep_blank_values=True)
+            answer = {name: values[0] for name, values in query.items() if len(values) == 1}
+            if owner.take(answer):
+                self._answer(303, "", {"location": OVER})
+            else:
+                self._answer(400, page.failure(owner._login, STRANGER), page.HEADERS)
+        elif target.path == OVER and owner._done.is_set():
+            status, text = owner.page()
+            self._answer(status, text, page.HEADERS)
+            owner._shown.set()
+        else:  # a favicon, or a stranger
+            self._answer(404, "Not found")
+
+    def _answer(self, status: int, text: str, headers: Mapping[str, str] | None = None) -> None:
+        data = text.encode()
+        self.send_response(status)
+        for name, value in (headers or {"content-type": "text/plain"}).items():
+            self.send_header(name, value)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        """Write nothing: an address has the code in it."""
+
+
+def _sentence(message: str) -> str:
+    """Return an error's message as a sentence of a page."""
+    text = message.partition(": ")[2] or message
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def read_pasted(text: str) -> dict[str, str]:
+    """Read an address that somebody copied out of a browser, or what is after its ?."""
+    target = urlsplit(text.strip())
+    query = target.query or (text.strip() if "=" in text else "")
+    return {name: values[0] for name, values in parse_qs(query).items() if len(values) == 1}

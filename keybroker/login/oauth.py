@@ -1,0 +1,260 @@
+"""OAuth's requests and answers, made and read by oauthlib; the call itself is ours.
+
+See: RFC 6749 (tokens), RFC 7009 (revocation), RFC 8628 (devices).
+"""
+
+import os
+from base64 import b64encode
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Any
+from urllib.parse import quote
+
+from oauthlib.oauth2 import DeviceClient, WebApplicationClient  # type: ignore[import-untyped]
+from oauthlib.oauth2.rfc6749.errors import (  # type: ignore[import-untyped]
+    MissingTokenError,
+    OAuth2Error,
+)
+
+from keybroker.credential import Secret
+from keybroker.errors import KeybrokerError, SourceDenied, SourceInvalid, SourceUnavailable
+from keybroker.login.provider import SLOWER, plain, said, seconds
+from keybroker.sources.http import Http, Reply
+from keybroker.values import dataclass, field
+
+# It refuses http:// even for the loopback address that a browser comes back to. Which addresses
+# may be without TLS is for `config` and `oidc` to say.
+# A provider may also grant less than was asked for.
+os.environ.update(dict.fromkeys(("OAUTHLIB_INSECURE_TRANSPORT", "OAUTHLIB_RELAX_TOKEN_SCOPE"), "1"))
+
+DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
+OURS = frozenset({"invalid_client", "unauthorized_client", "unsupported_grant_type"})
+LATER = frozenset({"temporarily_unavailable", "server_error", "slow_down"})
+
+
+class Refused(Exception):  # noqa: N818  # an answer, as often as an error
+    """An error as OAuth has it: a word, and what the provider adds to it."""
+
+    def __init__(self, error: str, description: str, status: int) -> None:
+        super().__init__(error)
+        self.error, self.description, self.status = error, description, status
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """A token answer. `values` is all of it."""
+
+    access: Secret
+    refresh: Secret | None
+    life: timedelta | None
+    asked_at: datetime
+    values: Mapping[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceCode:
+    """What a device authorization endpoint answered; RFC 8628, section 3.2."""
+
+    device_code: str = field(repr=False)
+    user_code: str
+    url: str
+    whole: str
+    interval: float
+    lasts: float
+
+
+class Client:
+    """
+    A client at one provider.
+
+    Args:
+        who: What begins every message.
+        secret: Sent by `method`: client_secret_basic or client_secret_post; None: a public one.
+    """
+
+    def __init__(
+        self,
+        who: str,
+        client_id: str | None,
+        secret: Secret | None = None,
+        method: str = "client_secret_basic",
+    ) -> None:
+        self._who = who
+        self._id = client_id
+        self._secret = secret
+        self._method = method
+
+    def address(
+        self,
+        endpoint: str,
+        redirect: str,
+        *,
+        state: str,
+        verifier: str,
+        scopes: tuple[str, ...] = (),
+        **more: str,
+    ) -> str:
+        """Return the page where a person signs in: code with PKCE, S256."""
+        client = WebApplicationClient(self._id)
+        challenge = client.create_code_challenge(verifier, "S256")
+        return str(
+            client.prepare_request_uri(
+                endpoint,
+                redirect_uri=redirect,
+                scope=list(scopes) or None,
+                state=state,
+                code_challenge=challenge,
+                code_challenge_method="S256",
+                **more,
+            )
+        )
+
+    def redeem(
+        self, http: Http, path: str, code: str, redirect: str, verifier: str, **more: str
+    ) -> Granted:
+        """Exchange a code; raises as `ask`."""
+        body = WebApplicationClient(self._id).prepare_request_body(
+            code=code, redirect_uri=redirect, code_verifier=verifier, **more
+        )
+        return self.ask(http, path, body)
+
+    def refresh(self, http: Http, path: str, token: Secret, **more: str) -> Granted:
+        """Exchange a refresh token; raises as `ask`."""
+        named = {} if self._id is None else {"client_id": self._id}
+        body = WebApplicationClient(self._id).prepare_refresh_body(
+            refresh_token=token.reveal(), **named, **more
+        )
+        return self.ask(http, path, body)
+
+    def device(
+        self, http: Http, path: str, scopes: tuple[str, ...] = (), **more: str
+    ) -> DeviceCode:
+        """
+        Ask for a code that a person types elsewhere.
+
+        Raises:
+            Refused, SourceError: As `ask`.
+        """
+        form = {**({} if self._id is None else {"client_id": self._id}), **more}
+        if scopes:
+            form["scope"] = " ".join(scopes)
+        reply = self._post(
+            http, path, "&".join(f"{k}={quote(v, safe='')}" for k, v in form.items())
+        )
+        found = plain(reply.value)
+        if reply.status != 200:
+            raise self._refusal(http, reply)
+        code, typed = found.get("device_code"), found.get("user_code")
+        url = found.get("verification_uri") or found.get("verification_url")
+        lasts = seconds(found.get("expires_in"))
+        if not all(isinstance(one, str) and one for one in (code, typed, url)) or lasts is None:
+            raise SourceInvalid(f"{self._who}: {http.host} gave no device code")
+        whole = found.get("verification_uri_complete")
+        interval = seconds(found.get("interval"))
+        return DeviceCode(
+            str(code),
+            said(typed),
+            str(url),
+            whole if isinstance(whole, str) else "",
+            5.0 if interval is None else interval.total_seconds(),
+            lasts.total_seconds(),
+        )
+
+    def poll(self, http: Http, path: str, code: str, interval: float) -> Granted | float:
+        """
+        Ask whether a person has typed the code; return the seconds to wait where they have not.
+
+        Raises:
+            Refused: They refused, or the code has ended.
+            SourceError: As `ask`.
+        """
+        body = DeviceClient(self._id).prepare_request_body(
+            code, include_client_id=self._id is not None
+        )
+        try:
+            return self.ask(http, path, body)
+        except Refused as refused:
+            if refused.error == "authorization_pending":
+                return interval
+            if refused.error == "slow_down":
+                return interval + SLOWER
+            raise
+        except SourceUnavailable:  # RFC 8628, section 3.5: a time-out is no answer, ask later
+            return min(60.0, 2 * interval)
+
+    def revoke(self, http: Http, path: str, token: Secret, kind: str) -> None:
+        """
+        Have a token ended; one that is not known is a success.
+
+        Raises:
+            SourceError: It was not confirmed.
+        """
+        client = WebApplicationClient(self._id)
+        named = {} if self._id is None else {"client_id": self._id}
+        _, _, body = client.prepare_token_revocation_request(
+            "https://unused.invalid", token.reveal(), token_type_hint=kind, **named
+        )
+        reply = self._post(http, path, body)
+        if reply.status not in (200, 204):
+            raise SourceUnavailable(
+                f"{self._who}: {http.host} did not end the sign-in ({reply.status})"
+            )
+
+    def ask(self, http: Http, path: str, body: str) -> Granted:
+        """
+        Ask a token endpoint.
+
+        Raises:
+            Refused: The provider said no, in OAuth's words.
+            SourceUnavailable: No whole answer, 5xx, throttled.
+            SourceInvalid: An answer that is no token.
+        """
+        reply = self._post(http, path, body)
+        if reply.status != 200:
+            raise self._refusal(http, reply)
+        try:
+            WebApplicationClient(self._id).parse_request_body_response(reply.data.decode())
+        except MissingTokenError:
+            raise SourceInvalid(f"{self._who}: {http.host} gave no token") from None
+        except OAuth2Error as error:
+            raise Refused(str(error.error), said(error.description), reply.status) from None
+        except (ValueError, TypeError, AttributeError):
+            raise SourceInvalid(f"{self._who}: {http.host} gave no token") from None
+        found = plain(reply.value)
+        try:
+            access = Secret(found["access_token"])
+            refresh = Secret(found["refresh_token"]) if found.get("refresh_token") else None
+        except (KeyError, TypeError, ValueError):
+            problem = f"{self._who}: {http.host} gave a token that cannot be used"
+            raise SourceInvalid(problem) from None
+        return Granted(access, refresh, seconds(found.get("expires_in")), reply.asked_at, found)
+
+    def _refusal(self, http: Http, reply: Reply) -> Exception:
+        """Read an error answer."""
+        found = plain(reply.value)
+        error = found.get("error")
+        if isinstance(error, str) and error not in LATER - {"slow_down"} and reply.status < 500:
+            return Refused(said(error), said(found.get("error_description")), reply.status)
+        problem = f"{self._who}: {http.host} gave no token ({reply.status})"
+        if reply.status == 429 or reply.status >= 500 or error in LATER:
+            return SourceUnavailable(problem, retry_after=reply.retry_after)
+        return SourceInvalid(problem)
+
+    def _post(self, http: Http, path: str, body: str) -> Reply:
+        headers = {"accept": "application/json"}
+        if self._secret is not None and self._id is not None:
+            if self._method == "client_secret_post":
+                body += f"&client_secret={quote(self._secret.reveal(), safe='')}"
+            else:  # RFC 6749, section 2.3.1: both are encoded before
+                pair = f"{quote(self._id, safe='')}:{quote(self._secret.reveal(), safe='')}"
+                headers["authorization"] = f"Basic {b64encode(pair.encode()).decode()}"
+        return http.call("POST", path, headers=headers, form=body)
+
+
+def as_error(refused: Refused, who: str, host: str, doing: str) -> KeybrokerError:
+    """Return what a refusal means where nothing more is known of it."""
+    about = f": {refused.description}" if refused.description else ""
+    problem = f"{who}: {host} will not {doing} ({refused.error}{about})"
+    if refused.error in OURS:
+        return SourceDenied(problem, hint="see client_id and client_secret of the login")
+    return SourceInvalid(problem)

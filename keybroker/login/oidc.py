@@ -1,0 +1,282 @@
+"""OpenID Connect: discovery, a browser or a code, ID tokens that joserfc checks.
+
+See: OpenID Connect Core 1.0 and Discovery 1.0; RFC 7636 (PKCE), RFC 8252 (native apps), RFC 9207
+(`iss` in the answer), RFC 8707 (resource).
+"""
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from joserfc import jwt
+from joserfc.errors import JoseError
+from joserfc.jwk import KeySet
+
+from keybroker.credential import Secret
+from keybroker.errors import SourceInvalid
+from keybroker.login.oauth import Client, Granted, Refused, as_error
+from keybroker.login.provider import (
+    BROWSER,
+    DEVICE,
+    Base,
+    Device,
+    Visit,
+    plain,
+    said,
+    seconds,
+    unguessable,
+)
+from keybroker.login.tokens import Tokens
+from keybroker.signin import SignIn
+from keybroker.sources.http import Http
+from keybroker.sources.reference import resolve
+
+# Asymmetric ones alone: a public key must never serve as a shared secret, and "none" is none.
+ALGORITHMS = (
+    *("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
+    *("ES256", "ES384", "ES512", "EdDSA", "Ed25519"),
+)
+LEEWAY = 60  # seconds by which two clocks may differ
+ENDED = frozenset({"invalid_grant", "interaction_required", "login_required", "consent_required"})
+ID_TOKEN = "id_token"  # noqa: S105  # a name
+
+
+class Oidc(Base):
+    """A provider that describes itself at `/.well-known/openid-configuration`."""
+
+    def __init__(self, sign_in: SignIn, environment: Mapping[str, str]) -> None:
+        super().__init__(sign_in, environment)
+        self._issuer: str = self._settings["issuer"]
+        self._known: dict[str, Any] = {}
+        self._keys: KeySet | None = None
+
+    @property
+    def flows(self) -> tuple[str, ...]:
+        known = self._described()
+        found = [BROWSER] if "authorization_endpoint" in known else []
+        return (*found, *([DEVICE] if "device_authorization_endpoint" in known else []))
+
+    @property
+    def redirect(self) -> tuple[str, int, str]:
+        host, port, _ = super().redirect
+        return host, port, self._settings["redirect"]
+
+    def browser(self, redirect: str) -> Visit:
+        """Begin a sign-in by code and PKCE; see `Provider`."""
+        state, nonce, verifier = unguessable(), unguessable(), unguessable()
+        url = self._client().address(
+            self._endpoint("authorization_endpoint"),
+            redirect,
+            state=state,
+            verifier=verifier,
+            scopes=self._settings["scopes"],
+            nonce=nonce,
+            **self._wishes(),
+            # without it many providers give a refresh token only the first time
+            **({"prompt": "consent"} if "offline_access" in self._settings["scopes"] else {}),
+        )
+
+        def redeem(answer: Mapping[str, str]) -> Tokens:
+            self._check_answer(answer)
+            http, path = self._at("token_endpoint")
+            try:
+                granted = self._client().redeem(
+                    http, path, answer["code"], redirect, verifier, **self._resource()
+                )
+            except Refused as refused:
+                raise as_error(refused, self._who, http.host, "sign in") from None
+            return self._tokens(granted, nonce)
+
+        return Visit(url, state, redeem)
+
+    def device(self) -> Device:
+        """Begin a sign-in by device code; see `Provider`."""
+        http, path = self._at("device_authorization_endpoint")
+        client = self._client()
+        try:
+            code = client.device(http, path, self._settings["scopes"], **self._wishes())
+        except Refused as refused:
+            raise as_error(refused, self._who, http.host, "give a code") from None
+        token, token_path = self._at("token_endpoint")
+
+        def poll(interval: float) -> Tokens | float:
+            try:
+                found = client.poll(token, token_path, code.device_code, interval)
+            except Refused as refused:
+                raise as_error(refused, self._who, token.host, "sign in") from None
+            return found if isinstance(found, float) else self._tokens(found, None)
+
+        return Device(code.url, code.user_code, code.interval, code.lasts, poll, code.whole)
+
+    def refresh(self, tokens: Tokens) -> Tokens:
+        """Have a new token; see `Provider`."""
+        assert tokens.refresh is not None, "who has none does not ask"
+        http, path = self._at("token_endpoint")
+        try:
+            granted = self._client().refresh(http, path, tokens.refresh, **self._resource())
+        except Refused as refused:
+            if refused.error in ENDED:
+                raise self._needed(f"{http.host} has ended the sign-in") from None
+            raise as_error(refused, self._who, http.host, "renew the token") from None
+        fresh = self._again(
+            tokens,
+            *self._used(granted, None, tokens),
+            refresh=granted.refresh,
+            lasts=seconds(granted.values.get("refresh_expires_in")),
+        )
+        found = granted.values.get(ID_TOKEN)
+        extra = {**tokens.extra, **({ID_TOKEN: found} if isinstance(found, str) else {})}
+        return Tokens(fresh.standing, fresh.access, fresh.refresh, extra)
+
+    def revoke(self, tokens: Tokens) -> bool:
+        if "revocation_endpoint" not in self._described():
+            return False
+        http, path = self._at("revocation_endpoint")
+        token, kind = tokens.refresh, "refresh_token"
+        self._client().revoke(http, path, token or tokens.access, kind if token else "access_token")
+        return True
+
+    # reading
+
+    def _tokens(self, granted: Granted, nonce: str | None) -> Tokens:
+        """Return what a sign-in gave; its ID token says who, and is checked."""
+        text = granted.values.get(ID_TOKEN)
+        claims: Mapping[str, Any] = {}
+        if isinstance(text, str):
+            claims = self._checked(text, nonce)
+        elif "openid" in self._settings["scopes"]:
+            raise SourceInvalid(f"{self._who}: the provider gave no ID token, though it was asked")
+        who = claims.get("email") or claims.get("preferred_username") or claims.get("sub")
+        access, asked_at, life = self._used(granted, claims, None)
+        return self._made(
+            access,
+            asked_at,
+            life,
+            who=said(who),
+            refresh=granted.refresh,
+            lasts=seconds(granted.values.get("refresh_expires_in")),
+            extra={ID_TOKEN: text} if isinstance(text, str) else {},
+        )
+
+    def _used(
+        self, granted: Granted, claims: Mapping[str, Any] | None, before: Tokens | None
+    ) -> tuple[Secret, Any, timedelta | None]:
+        """Return the token that is used, and for how long it is good."""
+        used = self._settings["token"]
+        if used == "access":
+            return granted.access, granted.asked_at, granted.life
+        text = granted.values.get(ID_TOKEN)
+        if not isinstance(text, str):
+            what = "gave no ID token" if before is None else "renews no ID tokens"
+            raise SourceInvalid(f"{self._who}: the provider {what}", hint='set token = "access"')
+        claims = claims or self._checked(text, None)
+        life = seconds(float(claims["exp"]) - float(claims.get("iat", claims["exp"])))
+        return self._secret(text, "ID token"), granted.asked_at, life
+
+    def _checked(self, text: str, nonce: str | None) -> Mapping[str, Any]:
+        """Check an ID token: who signed it, for whom, when, and that it answers us."""
+        for again in (False, True):
+            try:
+                token = jwt.decode(text, self._key_set(anew=again), algorithms=list(ALGORITHMS))
+                break
+            except (JoseError, ValueError, KeyError, TypeError) as error:
+                if again:  # the provider's keys may have been replaced
+                    raise self._wrong_id(type(error).__name__) from None
+        claims: Mapping[str, Any] = token.claims
+        client = self._settings["client_id"]
+        wanted: dict[str, Any] = {
+            "iss": {"essential": True, "value": self._described()["issuer"]},
+            "aud": {"essential": True, "value": client},
+            "exp": {"essential": True},
+        }
+        if nonce is not None:
+            wanted["nonce"] = {"essential": True, "value": nonce}
+        try:
+            jwt.JWTClaimsRegistry(leeway=LEEWAY, **wanted).validate(dict(claims))
+        except (JoseError, ValueError, TypeError) as error:
+            claim = getattr(error, "claim", None)
+            raise self._wrong_id(str(claim or type(error).__name__)) from None
+        several = isinstance(claims["aud"], list) and len(claims["aud"]) > 1
+        if (several or "azp" in claims) and claims.get("azp") != client:
+            raise self._wrong_id("azp")
+        return claims
+
+    def _wrong_id(self, what: str) -> SourceInvalid:
+        return SourceInvalid(
+            f"{self._who}: the ID token is not what it should be ({what})",
+            hint="see issuer and client_id; is this machine's clock right?",
+        )
+
+    def _check_answer(self, answer: Mapping[str, str]) -> None:
+        """Refuse an answer that is another provider's, or says no."""
+        known = self._described()
+        supported = known.get("authorization_response_iss_parameter_supported") is True
+        if answer.get("iss", known["issuer"] if not supported else "") != known["issuer"]:
+            raise SourceInvalid(f"{self._who}: the answer is of another provider")
+        if "error" in answer:
+            about = said(answer.get("error_description"))
+            raise SourceInvalid(
+                f"{self._who}: the provider says {said(answer['error'])}"
+                + (f": {about}" if about else "")
+            )
+        if not answer.get("code"):
+            raise SourceInvalid(f"{self._who}: the answer has no code in it")
+
+    # the provider
+
+    def _wishes(self) -> dict[str, str]:
+        named = {name: self._settings[name] for name in ("resource", "audience")}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def _resource(self) -> dict[str, str]:
+        resource = self._settings["resource"]
+        return {} if resource is None else {"resource": resource}
+
+    def _client(self) -> Client:
+        reference = self._settings["client_secret"]
+        secret = None if reference is None else resolve(reference, self._environment)
+        methods = self._described().get("token_endpoint_auth_methods_supported")
+        basic = not isinstance(methods, list) or "client_secret_basic" in methods
+        method = "client_secret_basic" if basic else "client_secret_post"
+        return Client(self._who, self._settings["client_id"], secret, method)
+
+    def _described(self) -> Mapping[str, Any]:
+        """Return what the provider says of itself, which must be of itself."""
+        if not self._known:
+            http = self._http(self._issuer)
+            reply = http.call("GET", "/.well-known/openid-configuration")
+            found = plain(reply.value)
+            if reply.status != 200 or not isinstance(found.get("issuer"), str):
+                if reply.status in (200, 404):
+                    raise SourceInvalid(
+                        f"{self._who}: {http.host} does not describe itself ({reply.status})",
+                        hint="see issuer: /.well-known/openid-configuration is looked for below it",
+                    )
+                raise self._trouble(reply, http.host, "describe itself")
+            if found["issuer"].rstrip("/") != self._issuer:
+                raise SourceInvalid(
+                    f"{self._who}: {http.host} calls itself something else than issuer",
+                    hint="write issuer exactly as the provider does",
+                )
+            self._known = found
+        return self._known
+
+    def _endpoint(self, name: str) -> str:
+        url = self._described().get(name)
+        if not isinstance(url, str) or not url.startswith(("https://", "http://")):
+            raise SourceInvalid(f"{self._who}: the provider names no {name}")
+        if url.startswith("http://") and self._issuer.startswith("https://"):
+            raise SourceInvalid(f"{self._who}: {name} is without TLS")
+        return url
+
+    def _at(self, name: str) -> tuple[Http, str]:
+        return self._http(self._endpoint(name)), ""
+
+    def _key_set(self, *, anew: bool) -> KeySet:
+        if self._keys is None or anew:
+            http, path = self._at("jwks_uri")
+            reply = http.call("GET", path)
+            if reply.status != 200:
+                raise self._trouble(reply, http.host, "give its keys")
+            self._keys = KeySet.import_key_set(reply.value)
+        return self._keys

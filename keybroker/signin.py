@@ -1,0 +1,270 @@
+"""Who signs a person or a machine in: the `[logins.NAME]` tables, and how long a sign-in lasts.
+
+No secret is in a table: what a client needs beside its id is a reference. What a sign-in gave is
+in a file of its own, sealed but for its header, which says who and until when.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from keybroker.credential import Issuer, Reference, sha256
+from keybroker.document import Where
+from keybroker.errors import ConfigError
+from keybroker.fields import (
+    COUNT,
+    DURATION,
+    LOCAL_REFERENCE,
+    NAME,
+    PATH,
+    TEXT,
+    TEXTS,
+    URL,
+    Field,
+    one_of,
+    read_table_of,
+    unknown,
+)
+from keybroker.values import dataclass, field
+
+FOLDER = "logins"  # in the state directory
+VERSION = 1  # of a file in it
+LARGEST_FILE = 1 << 18
+TABLES_OF_TEXTS = ("metadata", "headers", "parameters")  # in which `login` is any word
+COMMON = {
+    "warn": Field(
+        DURATION,
+        "How long before a sign-in ends `status` says so.",
+        default=timedelta(hours=1),
+    ),
+    "lasts": Field(
+        DURATION, "How long the provider lets a sign-in last, where it does not say so itself."
+    ),
+    "timeout": Field(DURATION, "The longest one call takes.", default=timedelta(seconds=8)),
+    "ca": Field(PATH, "A PEM file of the authorities that the provider's certificate is from."),
+}
+BROWSER = {
+    "port": Field(COUNT, "Where the browser comes back to, on 127.0.0.1; a free one when absent."),
+}
+LOGINS: dict[str, dict[str, Field]] = {
+    "oidc": {
+        **COMMON,
+        **BROWSER,
+        "issuer": Field(URL, "The provider.", required=True, example='"https://login.example.com"'),
+        "client_id": Field(TEXT, "As which client.", default="keybroker"),
+        "client_secret": Field(LOCAL_REFERENCE, "Where its secret is, should it have one."),
+        "scopes": Field(TEXTS, "What is asked for.", default=("openid", "offline_access")),
+        "resource": Field(TEXT, "Whom access tokens are for (RFC 8707)."),
+        "audience": Field(TEXT, "The same in the words of some providers, such as Auth0."),
+        "token": Field(one_of("access", "id"), "Which of its tokens is used.", default="access"),
+        "redirect": Field(
+            TEXT, "The path of the redirect address that the client has there.", default="/callback"
+        ),
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SignIn:
+    """
+    One `[logins.NAME]` table: a provider and what to ask it for.
+
+    `raw` is the table as it was written, in values that JSON knows.
+    """
+
+    name: str
+    type: str
+    settings: Mapping[str, Any]
+    raw: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def text(self) -> str:
+        """Name and table as JSON, always the same for the same: what a reference carries."""
+        return json.dumps({"name": self.name, **self.raw}, sort_keys=True, separators=(",", ":"))
+
+    @property
+    def mark(self) -> str:
+        """What tells this table from another: a sign-in by another is none by this one."""
+        return sha256(self.text.encode())[:16]
+
+    @property
+    def issuer(self) -> Issuer:
+        """The provider, as something that is asked."""
+        return Issuer("login", "", Reference("login", self.text))
+
+    @property
+    def variables(self) -> set[str]:
+        """The variables of the environment that its references name."""
+        found = [one for one in self.settings.values() if isinstance(one, Reference)]
+        return {str(one.value) for one in found if one.kind == "env"}
+
+
+def read_login(
+    name: str, raw: Mapping[str, Any], where: Where, path: tuple[str, ...] = ()
+) -> SignIn:
+    """
+    Read one table.
+
+    Raises:
+        ConfigError: An unknown type or key, a wrong value, or one that is missing.
+    """
+    path = path or ("logins", name)
+    if not NAME.fullmatch(name):
+        problem = "a login's name has lower-case letters, digits, - and _, at most 32"
+        raise where.error(path, problem)
+    kind = raw.get("type")
+    if not isinstance(kind, str) or kind not in LOGINS:
+        raise where.error((*path, "type"), f"expected one of {', '.join(sorted(LOGINS))}")
+    rest = {key: value for key, value in raw.items() if key != "type"}
+    return SignIn(name, kind, read_table_of(rest, LOGINS[kind], path, where), raw)
+
+
+def read_text(text: str) -> SignIn:
+    """
+    Read what a reference carries.
+
+    Raises:
+        ConfigError: It cannot be read by this version.
+    """
+    try:
+        raw = json.loads(text)
+        name = raw.pop("name")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ConfigError("login: cannot be read by this version") from None
+    return read_login(str(name), raw, Where({}, "journal"))
+
+
+def expanded(value: Any, logins: Mapping[str, SignIn], path: tuple[str, ...], where: Where) -> Any:
+    """
+    Put the tables of logins in the place of their names, wherever a table names one.
+
+    Raises:
+        ConfigError: There is no login of that name.
+    """
+    if not isinstance(value, dict):
+        return value
+    found = {}
+    for key, one in value.items():
+        if key in TABLES_OF_TEXTS:
+            found[key] = one
+        elif key == "login" and isinstance(one, str):
+            if one not in logins:
+                known = ", ".join(logins) or "there is no [logins.NAME] table"
+                raise where.error((*path, key), f"no login has this name; {known}")
+            found[key] = logins[one].text
+        else:
+            found[key] = expanded(one, logins, (*path, key), where)
+    return found
+
+
+def needed_by(issuer: Issuer) -> Iterator[SignIn]:
+    """Yield the sign-ins that an issuer is asked with."""
+    if issuer.admin is not None and issuer.admin.kind == "login":
+        yield read_text(str(issuer.admin.value))
+    if '"login"' in issuer.vault:
+        for one in json.loads(issuer.vault).get("auth", {}).values():
+            if isinstance(one, dict) and "login" in one:
+                yield read_text(one["login"])
+
+
+# how a sign-in stands, as its file's header says
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """
+    What may be said of a sign-in. Times are aware, in UTC.
+
+    Attributes:
+        mark: Of the table that it was made by.
+        who: The person or the machine, as the provider calls them; empty where it does not say.
+        since: When they signed in.
+        refreshed_at: When its token was last replaced.
+        access_ends: When that token ends; None: no end is known.
+        ends_at: When they have to sign in again; None where nobody says.
+        renewable: A new token is had without them.
+        ended: Why it is over; empty while it is not.
+    """
+
+    name: str
+    type: str
+    mark: str
+    who: str
+    since: datetime
+    refreshed_at: datetime
+    access_ends: datetime | None = None
+    ends_at: datetime | None = None
+    renewable: bool = False
+    ended: str = ""
+
+    def over(self, now: datetime) -> bool:
+        """Say whether nothing can be had with it any more."""
+        if self.ended or (self.ends_at is not None and now >= self.ends_at):
+            return True
+        return not self.renewable and self.access_ends is not None and now >= self.access_ends
+
+    @property
+    def lasts_until(self) -> datetime | None:
+        """When a person has to sign in again, as far as that is known."""
+        return self.ends_at if self.renewable else self.access_ends
+
+
+_TIMES = ("since", "refreshed_at", "access_ends", "ends_at")
+_TEXTS = ("name", "type", "mark", "who", "ended")
+
+
+def encode_standing(standing: Standing) -> dict[str, Any]:
+    """Return a standing as its header has it."""
+    values: dict[str, Any] = {name: getattr(standing, name) for name in _TEXTS}
+    for name in _TIMES:
+        if (moment := getattr(standing, name)) is not None:
+            values[name] = moment.isoformat()
+    return {**values, "renewable": standing.renewable}
+
+
+def decode_standing(found: Mapping[str, Any]) -> Standing:
+    """Read a standing back; ValueError, KeyError or TypeError when it is none."""
+    times: dict[str, Any] = {n: datetime.fromisoformat(found[n]) for n in _TIMES if n in found}
+    if any(moment.tzinfo is None for moment in times.values()):
+        raise ValueError
+    values: dict[str, Any] = {name: str(found[name]) for name in _TEXTS}
+    return Standing(**values, **times, renewable=found["renewable"] is True)
+
+
+def file_of(state: Path, name: str) -> Path:
+    return state / FOLDER / f"{name}.json"
+
+
+def standing_of(state: Path, sign_in: SignIn) -> Standing | None:
+    """Return how the sign-in by a table stands; None where there is none, or none by this one."""
+    try:
+        with open(file_of(state, sign_in.name), "rb", opener=_no_follow) as file:
+            found = json.loads(file.read(LARGEST_FILE))
+        standing = decode_standing(found["standing"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return standing if standing.mark == sign_in.mark else None
+
+
+def _no_follow(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW)
+
+
+def one_named(name: str, known: Mapping[str, SignIn]) -> SignIn:
+    """
+    Return the login of a name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if name not in known:
+        raise ConfigError(f"config: {unknown_login(name, list(known))}")
+    return known[name]
+
+
+def unknown_login(name: str, known: list[str]) -> str:
+    said = unknown(name, known).removeprefix("unknown key").lstrip("; ")
+    return f"no login {name!r}" + (f"; {said}" if said else f"; logins: {', '.join(known)}")
