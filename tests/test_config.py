@@ -192,18 +192,24 @@ def test_an_issuer_is_where_a_key_is_revoked(text: str, issuer: Issuer) -> None:
         (f"[profiles.work]\n{HEAD}source = 1", "profiles.work.source: expected a table"),
         (
             f"[profiles.work]\n{HEAD}[profiles.work.source]\nlifetime = '12h'",
-            "profiles.work.source.type: expected one of aws, command, "
-            "litellm, login, static, vault",
+            (
+                "profiles.work.source.type: expected one of aws, command, "
+                "litellm, login, static, vault"
+            ),
         ),
         (
             f"[profiles.work]\n{HEAD}[profiles.work.source]\ntype = 'litelm'",
-            "profiles.work.source.type: expected one of aws, command, "
-            "litellm, login, static, vault",
+            (
+                "profiles.work.source.type: expected one of aws, command, "
+                "litellm, login, static, vault"
+            ),
         ),
         (
             f"[profiles.work]\n{HEAD}[profiles.work.source]\ntype = ['litellm']",
-            "profiles.work.source.type: expected one of aws, command, "
-            "litellm, login, static, vault",
+            (
+                "profiles.work.source.type: expected one of aws, command, "
+                "litellm, login, static, vault"
+            ),
         ),
         (
             f"[profiles.work]\n{HEAD}[profiles.work.source]\ntype = 'litellm'",
