@@ -8,7 +8,7 @@ sign-in of whoever comes second.
 from collections.abc import Mapping
 from datetime import timedelta
 
-from keybroker.errors import LoginNeeded, SourceUnavailable
+from keybroker.errors import LoginNeeded, SourceError
 from keybroker.login.provider import Provider, needed, now
 from keybroker.login.tokens import Store, Tokens
 from keybroker.signin import SignIn
@@ -57,6 +57,7 @@ def current(
                 return tokens
             raise needed(sign_in, "the sign-in has ended")
         provider = provider_of(sign_in, environment)
+        provider.together()
         try:
             renewed = provider.refresh(tokens)
         except LoginNeeded as error:
@@ -87,7 +88,7 @@ def usable(
     """
     try:
         return current(sign_in, environment, store, least=least)
-    except (SourceUnavailable, LoginNeeded):
+    except SourceError:
         tokens = store.load(sign_in)
         if tokens is None or tokens.left(now()) <= 0:
             raise

@@ -1,6 +1,7 @@
 """What every kind of login has in common: how a person is asked, how a token is had anew."""
 
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
@@ -93,6 +94,9 @@ class Provider(Protocol):
             SourceError: It was not confirmed.
         """
 
+    def together(self) -> None:
+        """Let all calls from now on take no longer than one."""
+
     def close(self) -> None:
         """Give up what is held open."""
 
@@ -106,6 +110,7 @@ class Base:
         self._environment = environment
         self._who = f"login {sign_in.name}"
         self._opened: list[Http] = []
+        self._until: float | None = None
 
     @property
     def redirect(self) -> tuple[str, int, str]:
@@ -116,6 +121,10 @@ class Base:
 
     def browser(self, redirect: str) -> Visit:
         raise self._has_no("a browser")
+
+    def together(self) -> None:
+        """Let all calls from now on take no longer than one: who renews holds a lock."""
+        self._until = time.monotonic() + self._settings["timeout"].total_seconds()
 
     def close(self) -> None:
         for http in self._opened:
@@ -128,6 +137,7 @@ class Base:
     def _http(self, url: str) -> Http:
         seconds = self._settings["timeout"].total_seconds()
         http = Http(self._who, url, ca=self._settings.get("ca"), seconds=seconds, setting="issuer")
+        http.until = self._until
         self._opened.append(http)
         return http
 

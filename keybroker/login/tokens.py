@@ -33,7 +33,7 @@ from keybroker.signin import (
 from keybroker.values import dataclass, field, replace
 
 NO_KEYRING = 'unlock the keyring, or set key = "file" in a table [cache]; see docs/cache.md'
-LOCK_SECONDS = 10.0  # for another to be done
+LOCK_SECONDS = 6.0  # for another to be done
 AGAIN_SECONDS = 0.02  # a lock is asked for so often
 
 
