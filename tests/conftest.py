@@ -114,7 +114,7 @@ def ldap() -> Iterator[Ldap]:
 @pytest.fixture(scope="session")
 def oidc() -> Iterator[Oidc]:
     """An OpenID provider for the whole session; what was stopped, start again."""
-    with Oidc() as server:
+    with Oidc(fronted=True) as server:
         yield server
 
 

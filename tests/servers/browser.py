@@ -164,7 +164,7 @@ class _Reader(HTMLParser):
         elif tag == "form" and self.form is None:
             self.form = _Form(at.get("action", ""), at.get("method", "get").lower())
             self._open = True
-        if not self._open or self.form is None:
+        if self.form is None or not (self._open or "form" in at):  # a button may be outside of it
             return
         if tag == "button" or (tag == "input" and kind == "submit"):
             if name:
@@ -198,7 +198,7 @@ class _AsItIs(urllib.request.HTTPRedirectHandler):
 
 def command(user: str = "ada", code: str = "", refuses: str = "") -> str:
     """Return a value of BROWSER that walks the pages as somebody."""
-    words = [sys.executable, str(Path(__file__).resolve()), "--user", user]
+    words = [sys.executable, "-I", str(Path(__file__).resolve()), "--user", user]
     words += ["--code", code] if code else []
     words += ["--refuses", refuses] if refuses else []
     return f"{shlex.join(words)} %s"
