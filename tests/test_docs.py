@@ -26,6 +26,7 @@ from keybroker.document import Where
 from keybroker.errors import CLASSES
 from keybroker.fields import Field, show_duration
 from keybroker.pool import PASSED_ON
+from keybroker.signin import COMMON, LOGINS
 from keybroker.vault import AUTH, PLACE
 from tests.resident import Resident
 
@@ -101,6 +102,13 @@ HEADINGS: dict[str, Mapping[str, Field]] = {
             name: one for name, one in fields.items() if name not in PLACE or kind != "vault"
         }
         for kind, fields in PUBLISH.items()
+    },
+    "`[logins.<name>]`": COMMON,
+    **{
+        f'`[logins.<name>]` with `type = "{kind}"`': {
+            name: one for name, one in fields.items() if name not in COMMON
+        }
+        for kind, fields in LOGINS.items()
     },
     "`[aws]`": aws.PLACE,
     "`[vault]`": PLACE,
