@@ -7,64 +7,20 @@ in a file of its own, sealed but for its header, which says who and until when.
 import json
 import os
 from collections.abc import Iterator, Mapping
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from keybroker.credential import Issuer, Reference, sha256
 from keybroker.document import Where
 from keybroker.errors import ConfigError
-from keybroker.fields import (
-    COUNT,
-    DURATION,
-    LOCAL_REFERENCE,
-    NAME,
-    PATH,
-    TEXT,
-    TEXTS,
-    URL,
-    Field,
-    one_of,
-    read_table_of,
-    unknown,
-)
+from keybroker.fields import NAME, read_table_of, unknown
 from keybroker.values import dataclass, field
 
 FOLDER = "logins"  # in the state directory
 VERSION = 1  # of a file in it
 LARGEST_FILE = 1 << 18
 TABLES_OF_TEXTS = ("metadata", "headers", "parameters")  # in which `login` is any word
-COMMON = {
-    "warn": Field(
-        DURATION,
-        "How long before a sign-in ends `status` says so.",
-        default=timedelta(hours=1),
-    ),
-    "lasts": Field(
-        DURATION, "How long the provider lets a sign-in last, where it does not say so itself."
-    ),
-    "timeout": Field(DURATION, "The longest one call takes.", default=timedelta(seconds=8)),
-    "ca": Field(PATH, "A PEM file of the authorities that the provider's certificate is from."),
-}
-BROWSER = {
-    "port": Field(COUNT, "Where the browser comes back to, on 127.0.0.1; a free one when absent."),
-}
-LOGINS: dict[str, dict[str, Field]] = {
-    "oidc": {
-        **COMMON,
-        **BROWSER,
-        "issuer": Field(URL, "The provider.", required=True, example='"https://login.example.com"'),
-        "client_id": Field(TEXT, "As which client.", default="keybroker"),
-        "client_secret": Field(LOCAL_REFERENCE, "Where its secret is, should it have one."),
-        "scopes": Field(TEXTS, "What is asked for.", default=("openid", "offline_access")),
-        "resource": Field(TEXT, "Whom access tokens are for (RFC 8707)."),
-        "audience": Field(TEXT, "The same in the words of some providers, such as Auth0."),
-        "token": Field(one_of("access", "id"), "Which of its tokens is used.", default="access"),
-        "redirect": Field(
-            TEXT, "The path of the redirect address that the client has there.", default="/callback"
-        ),
-    },
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +67,8 @@ def read_login(
     Raises:
         ConfigError: An unknown type or key, a wrong value, or one that is missing.
     """
+    from keybroker.login_types import LOGINS  # most daemons have no use for it
+
     path = path or ("logins", name)
     if not NAME.fullmatch(name):
         problem = "a login's name has lower-case letters, digits, - and _, at most 32"

@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 
 from keybroker.cli.base import COMMANDS
-from keybroker.config import load, schema
+from keybroker.config import load
 from keybroker.devgateway import DevGateway
 from keybroker.paths import state_directory, take_owner_lock
+from keybroker.schema import schema
 from tests.conftest import Home
 from tests.servers.faults import Faults, PauseResponse
 

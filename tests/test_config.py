@@ -14,13 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from keybroker.config import Config, Profile, load, parse, schema
+from keybroker.config import Config, Profile, load, parse
 from keybroker.credential import Issuer, Reference
 from keybroker.document import Where
 from keybroker.errors import ConfigError
 from keybroker.fields import show_duration
 from keybroker.paths import config_files
 from keybroker.rotation import Kind, Policy
+from keybroker.schema import schema
 
 CANARY = "sk-canary-Zx81QpLmWvUtsRqPoNmLkJiHgFeDcBa9876543210"
 HEAD = 'base_url = "https://llm.example.com"\n'

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from keybroker import vault
-from keybroker.config import Config, load, parse, read_profile, schema
+from keybroker.config import Config, load, parse, read_profile
 from keybroker.credential import Reference
 from keybroker.document import Where
 from keybroker.errors import ConfigError
 from keybroker.pool import sessions, variables
 from keybroker.rotation import RETRY_MAX, Kind
+from keybroker.schema import schema
 from keybroker.worker import decode_profile, encode_profile
 
 ADDRESS = "https://vault.example.com:8200"

@@ -10,9 +10,10 @@ import click
 from keybroker import paths
 from keybroker.cli.base import coloured, for_profile, print_json
 from keybroker.cli.work import configuration
-from keybroker.config import Profile, schema
+from keybroker.config import Profile
 from keybroker.credential import Reference
 from keybroker.fields import show_duration
+from keybroker.schema import schema
 from keybroker.tables import toml
 from keybroker.vault import PLACE, Vault
 
