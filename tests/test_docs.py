@@ -25,8 +25,8 @@ from keybroker.devgateway import DevGateway
 from keybroker.document import Where
 from keybroker.errors import CLASSES
 from keybroker.fields import Field, show_duration
+from keybroker.login_types import COMMON, LOGINS
 from keybroker.pool import PASSED_ON
-from keybroker.signin import COMMON, LOGINS
 from keybroker.vault import AUTH, PLACE
 from tests.resident import Resident
 
