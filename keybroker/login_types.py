@@ -1,19 +1,42 @@
 """What a `[logins.NAME]` table of each type holds."""
 
 from datetime import timedelta
+from typing import Any
 
 from keybroker.fields import (
     COUNT,
     DURATION,
     LOCAL_REFERENCE,
     PATH,
+    TABLE,
     TEXT,
     TEXTS,
     URL,
     Field,
+    Kind,
     one_of,
+    read_table,
 )
 
+# What a sign-in's address has of ours: none of it is a wish.
+OURS = frozenset(
+    (
+        *("client_id", "redirect_uri", "response_type", "response_mode", "scope", "state", "nonce"),
+        *("code_challenge", "code_challenge_method", "resource", "audience"),
+    )
+)
+
+
+def read_parameters(value: Any) -> dict[str, str]:
+    """Read what is sent along to the page where a person signs in."""
+    found = read_table(value)
+    for name in found:
+        if name in OURS:
+            raise ValueError(f"{name} is not sent along: it is made for each sign-in")
+    return found
+
+
+PARAMETERS = Kind(read_parameters, TABLE.schema)
 COMMON = {
     "warn": Field(
         DURATION,
@@ -39,6 +62,12 @@ LOGINS: dict[str, dict[str, Field]] = {
         "scopes": Field(TEXTS, "What is asked for.", default=("openid", "offline_access")),
         "resource": Field(TEXT, "Whom access tokens are for (RFC 8707)."),
         "audience": Field(TEXT, "The same in the words of some providers, such as Auth0."),
+        "parameters": Field(
+            PARAMETERS,
+            'Sent along to the page, such as access_type = "offline" at Google; prompt = "consent" '
+            "is, where offline_access is asked for, unless another is named.",
+            default={},
+        ),
         "token": Field(one_of("access", "id"), "Which of its tokens is used.", default="access"),
         "redirect": Field(
             TEXT, "The path of the redirect address that the client has there.", default="/callback"

@@ -64,6 +64,9 @@ class Oidc(Base):
     def browser(self, redirect: str) -> Visit:
         """Begin a sign-in by code and PKCE; see `Provider`."""
         state, nonce, verifier = unguessable(), unguessable(), unguessable()
+        wishes = self._wishes() | self._settings["parameters"]
+        if "offline_access" in self._settings["scopes"]:
+            wishes = {"prompt": "consent"} | wishes  # OpenID Connect Core, section 11
         url = self._client().address(
             self._endpoint("authorization_endpoint"),
             redirect,
@@ -71,9 +74,7 @@ class Oidc(Base):
             verifier=verifier,
             scopes=self._settings["scopes"],
             nonce=nonce,
-            **self._wishes(),
-            # without it many providers give a refresh token only the first time
-            **({"prompt": "consent"} if "offline_access" in self._settings["scopes"] else {}),
+            **wishes,
         )
 
         def redeem(answer: Mapping[str, str]) -> Tokens:
