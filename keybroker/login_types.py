@@ -1,5 +1,6 @@
 """What a `[logins.NAME]` table of each type holds."""
 
+import re
 from datetime import timedelta
 from typing import Any
 
@@ -27,6 +28,16 @@ OURS = frozenset(
 )
 
 
+def read_redirect(value: Any) -> str:
+    """Read an address of this machine that a browser is sent back to."""
+    if not isinstance(value, str) or not REDIRECT_TEXT.fullmatch(value):
+        raise ValueError(
+            'expected an address such as "http://127.0.0.1/callback" or "http://localhost"; its '
+            "port, if it always has the same, is in the key port"
+        )
+    return value
+
+
 def read_parameters(value: Any) -> dict[str, str]:
     """Read what is sent along to the page where a person signs in."""
     found = read_table(value)
@@ -36,6 +47,8 @@ def read_parameters(value: Any) -> dict[str, str]:
     return found
 
 
+REDIRECT_TEXT = re.compile(r"http://(?:127\.0\.0\.1|localhost)(?:/[A-Za-z0-9/_.~-]*)?")
+REDIRECT = Kind(read_redirect, {"type": "string", "pattern": f"^{REDIRECT_TEXT.pattern}$"})
 PARAMETERS = Kind(read_parameters, TABLE.schema)
 COMMON = {
     "warn": Field(
@@ -70,7 +83,9 @@ LOGINS: dict[str, dict[str, Field]] = {
         ),
         "token": Field(one_of("access", "id"), "Which of its tokens is used.", default="access"),
         "redirect": Field(
-            TEXT, "The path of the redirect address that the client has there.", default="/callback"
+            REDIRECT,
+            "The redirect address that the client has there, without its port.",
+            default="http://127.0.0.1/callback",
         ),
     },
 }

@@ -20,6 +20,8 @@ from keybroker.values import dataclass, field
 FOLDER = "logins"  # in the state directory
 VERSION = 1  # of a file in it
 LARGEST_FILE = 1 << 18
+# keys of a table that say nothing of who signs in to what
+BESIDE = ("warn", "lasts", "timeout", "ca", "port", "redirect", "client_secret")
 TABLES_OF_TEXTS = ("metadata", "headers", "parameters")  # in which `login` is any word
 
 
@@ -44,7 +46,8 @@ class SignIn:
     @property
     def mark(self) -> str:
         """What tells this table from another: a sign-in by another is none by this one."""
-        return sha256(self.text.encode())[:16]
+        counts = {key: value for key, value in self.raw.items() if key not in BESIDE}
+        return sha256(json.dumps([self.name, counts], sort_keys=True).encode())[:16]
 
     @property
     def issuer(self) -> Issuer:

@@ -525,6 +525,7 @@ class Operations:
         tokens = self._opened["sign_in"].step(pasted, wait)
         if tokens is None:
             return {"key": None}
+        self._opened.pop("sign_in").close()
         key = Secret(os.urandom(32).hex())
         given.incoming(self.state, key, self.disk).save(tokens)
         return {"key": key.reveal(), "standing": encode_standing(tokens.standing)}
@@ -563,6 +564,11 @@ class Operations:
         else:
             told = perform("sign_out", lambda: logins.end(sign_in, self.environment, store))
         return {"told": told}
+
+    @property
+    def is_signing_in(self) -> bool:
+        """Say whether a person is at it, whose command may have been stopped for a while."""
+        return "sign_in" in self._opened
 
     def expect(self, messages: Sequence[Mapping[str, Any]]) -> None:
         """Read with few calls what the polls that are waiting in a row will ask for."""
@@ -732,6 +738,8 @@ def serve(descriptor: int, operations: Operations) -> None:
             if len(waiting) > LONGEST_LINE:
                 break
             if not select.select([descriptor], [], [], patience)[0]:
+                if operations.is_signing_in:
+                    continue
                 if patience and _take_no_more(descriptor):
                     patience = 0.0  # what was sent until now is still done
                     continue

@@ -2,8 +2,8 @@
 
 import os
 import select
+import subprocess
 import sys
-import threading
 from collections.abc import Mapping
 from contextlib import closing
 from datetime import UTC, datetime
@@ -21,6 +21,7 @@ from keybroker.errors import (
     ConfigError,
     KeybrokerError,
     LoginNeeded,
+    SourceError,
     SourceInvalid,
 )
 from keybroker.pool import Pool, variables
@@ -88,7 +89,11 @@ def logout_command(login: str | None, force: bool, as_json: bool) -> None:
                 revoked = sum(result["revoked"] for result in results)
                 if not force:
                     _all_gone(results, sign_in)
-            told = bool(at.sign("end" if not force else "forget")["told"])
+            try:
+                told = bool(at.sign("end" if not force else "forget")["told"])
+            except SourceError as error:
+                error.hint = _all_the_same(sign_in)
+                raise
     if as_json:
         print_json({"login": sign_in.name, "told": told, "revoked": revoked})
         return
@@ -192,8 +197,12 @@ def _all_gone(results: list[dict[str, Any]], sign_in: SignIn) -> None:
     try:
         raise_what_is_left(results)
     except KeybrokerError as error:
-        error.hint = f"sign out all the same: keybroker logout --force {sign_in.name}"
+        error.hint = _all_the_same(sign_in)
         raise
+
+
+def _all_the_same(sign_in: SignIn) -> str:
+    return f"sign out all the same: keybroker logout --force {sign_in.name}"
 
 
 def _ways(*, device: bool, browser: bool, no_browser: bool) -> tuple[list[str], bool]:
@@ -237,7 +246,7 @@ class _Desk:
         from keybroker.login.tokens import alone
 
         problem = "login: another `keybroker login` is under way"
-        with alone(self._state, "signing.lock", problem, 0.0):
+        with alone(self._state, "_signing.lock", problem, 0.0):
             self.sign("check")  # nobody signs in for what cannot be kept
             found = self._call("sign_in", BEGIN_SECONDS, login=self._sign_in.text, ways=ways)
             self._tell(found, by_hand=by_hand)
@@ -259,7 +268,7 @@ class _Desk:
                 f"login {self._sign_in.name}: a sign-in can be kept nowhere: {opened['origin']}",
                 hint='unlock the keyring, or set key = "file" in a table [cache]',
             )
-        return self._call(
+        found = self._call(
             "sign",
             SIGN_SECONDS,
             login=self._sign_in.text,
@@ -267,6 +276,11 @@ class _Desk:
             key=key,
             unseals=opened["key"],
         )
+        if stage not in ("check", "keep"):
+            for name, profile in self._config.profiles.items():
+                if self._sign_in in profile.logins and not profile.kind.ours:  # the token itself
+                    self._call("forget", SIGN_SECONDS, profile=name)
+        return found
 
     def _call(self, op: str, seconds: float, **values: Any) -> Mapping[str, Any]:
         return self._pool.call("login", op, seconds, **values)
@@ -285,7 +299,7 @@ class _Desk:
         else:
             say("Your browser opens to sign in. If it does not, open this address:")
             say(f"\n{found['url']}\n")
-            threading.Thread(target=_open, args=(found["url"],), daemon=True).start()
+            _open(found["url"])
 
     def _wait(self, *, paste: bool) -> Mapping[str, Any]:
         """Return what the sign-in gave, when it is done."""
@@ -305,9 +319,15 @@ class _Desk:
 
 
 def _open(url: str) -> None:
-    import webbrowser
-
-    webbrowser.open(url)
+    """Open a window. What a browser prints, and our Ctrl-C, are not for one another."""
+    nothing = subprocess.DEVNULL
+    subprocess.Popen(
+        [sys.executable, "-I", "-m", "webbrowser", url],
+        stdin=nothing,
+        stdout=nothing,
+        stderr=nothing,
+        start_new_session=True,
+    )
 
 
 def _pasted() -> str | None:

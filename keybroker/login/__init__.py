@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from datetime import timedelta
 
 from keybroker.errors import LoginNeeded, SourceError
-from keybroker.login.provider import Provider, needed, now
+from keybroker.login.provider import HalfRenewedError, Provider, needed, now
 from keybroker.login.tokens import Store, Tokens
 from keybroker.signin import SignIn
 
 APART = timedelta(seconds=10)  # of two renewals that are asked for though the token is good
+BEHIND = timedelta(seconds=60)  # that a clock is set back by itself
 SIGNED_OUT = "it was signed out"
 MARGIN = timedelta(seconds=60)  # of a token's end that is not used: for the call, for two clocks
 
@@ -63,6 +64,9 @@ def current(
         except LoginNeeded as error:
             store.save(tokens.ended(error.message.partition(": ")[2]))
             raise
+        except HalfRenewedError as half:
+            store.save(half.tokens)
+            raise half.error from None
         finally:
             provider.close()
         store.save(renewed)
@@ -114,8 +118,11 @@ def _known(sign_in: SignIn, store: Store) -> Tokens:
 def _good(tokens: Tokens, least: timedelta | None, *, fresh: bool) -> bool:
     """Say whether a token does as it is."""
     standing, at = tokens.standing, now()
+    since = at - standing.refreshed_at
+    if tokens.refresh is not None and since < -BEHIND:
+        return False  # the clock was set back: nobody knows how old it is
     if fresh:
-        return tokens.refresh is None or at - standing.refreshed_at < APART
+        return tokens.refresh is None or since < APART
     if standing.access_ends is None:
         return True
     life = standing.access_ends - standing.refreshed_at

@@ -70,9 +70,12 @@ class SigningIn:
             KeybrokerError: It failed, or took too long.
         """
         if time.monotonic() > self._until:
-            raise SourceUnavailable(f"login {self._sign_in.name}: nobody signed in, in time")
+            raise SourceUnavailable(
+                f"login {self._sign_in.name}: nobody signed in, in time",
+                hint=f"run: keybroker login {self._sign_in.name}",
+            )
         if self._loopback is not None:
-            if pasted is not None and not self._loopback.take(read_pasted(pasted)):
+            if pasted is not None and not self._loopback.take(read_pasted(pasted), pasted=True):
                 raise SourceInvalid(
                     f"login {self._sign_in.name}: this is not where the sign-in ended",
                     hint="copy the whole address that the browser shows in the end",

@@ -4,6 +4,7 @@ See: RFC 8252, section 7.3. Whoever else asks is told nothing; who has not the s
 """
 
 import hmac
+import socketserver
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,8 +17,18 @@ from keybroker.login.tokens import Tokens
 
 SHOWN_SECONDS = 5.0  # until the page was fetched, or nobody will
 REQUEST_SECONDS = 5.0  # for one request to be sent
-OVER = "/signed-in"  # so that no address with a code in it stays in the browser
 STRANGER = "This is not the sign-in that is waiting here. It may be an older one."
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def server_bind(self) -> None:
+        """Ask no name server what we are called, as its base does."""
+        socketserver.TCPServer.server_bind(self)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Write nothing: who goes away is no trouble of ours."""
 
 
 class Loopback:
@@ -36,11 +47,13 @@ class Loopback:
 
     def __init__(self, login: str, host: str, port: int, path: str) -> None:
         self._login = login
-        self._path = path
+        self._path = path or "/"
+        self._over = f"{path}/signed-in"  # so that no address with a code stays in the browser
         self._state = ""
         self._redeem: Callable[[Mapping[str, str]], Tokens] | None = None
         self._lock = threading.Lock()
         self._found: Tokens | KeybrokerError | None = None
+        self._pasted = False  # no browser comes for the page
         self._done = threading.Event()
         self._shown = threading.Event()
         loopback = self
@@ -49,13 +62,12 @@ class Loopback:
             owner = loopback
 
         try:
-            self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+            self._server = _Server(("127.0.0.1", port), Handler)
         except OSError as error:
             raise NobodyAnswers(
                 f"login {login}: cannot listen on 127.0.0.1:{port} ({error.strerror})",
                 hint="end what uses the port, or set another one in the login's table",
             ) from None
-        self._server.daemon_threads = True
         self.port = self._server.server_address[1]
         self.address = f"http://{host}:{self.port}{path}"
         self._thread = threading.Thread(
@@ -80,12 +92,13 @@ class Loopback:
         """
         if not self._done.wait(seconds):
             return None
-        self._shown.wait(SHOWN_SECONDS)
+        if not self._pasted:
+            self._shown.wait(SHOWN_SECONDS)
         if isinstance(self._found, KeybrokerError):
             raise self._found
         return self._found
 
-    def take(self, answer: Mapping[str, str]) -> bool:
+    def take(self, answer: Mapping[str, str], *, pasted: bool = False) -> bool:
         """Take an answer if it is the one that is waited for; say whether it was."""
         if self._redeem is None or not hmac.compare_digest(
             answer.get("state", "").encode(), self._state.encode()
@@ -93,6 +106,7 @@ class Loopback:
             return False
         with self._lock:
             if self._found is None:
+                self._pasted = pasted
                 try:
                     self._found = self._redeem(answer)
                 except KeybrokerError as error:
@@ -126,14 +140,14 @@ class _Handler(BaseHTTPRequestHandler):
         here = {f"{name}:{owner.port}" for name in ("127.0.0.1", "localhost")}
         if self.headers.get("host") not in here:
             self._answer(404, "Not found")
-        elif target.path == owner._path:
+        elif (target.path or "/") == owner._path:
             query = parse_qs(target.query, keep_blank_values=True)
             answer = {name: values[0] for name, values in query.items() if len(values) == 1}
             if owner.take(answer):
-                self._answer(303, "", {"location": OVER})
+                self._answer(303, "", {"location": owner._over})
             else:
                 self._answer(400, page.failure(owner._login, STRANGER), page.HEADERS)
-        elif target.path == OVER and owner._done.is_set():
+        elif target.path == owner._over and owner._done.is_set():
             status, text = owner.page()
             self._answer(status, text, page.HEADERS)
             owner._shown.set()

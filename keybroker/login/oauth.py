@@ -18,7 +18,7 @@ from oauthlib.oauth2.rfc6749.errors import (  # type: ignore[import-untyped]
 
 from keybroker.credential import Secret
 from keybroker.errors import KeybrokerError, SourceDenied, SourceInvalid, SourceUnavailable
-from keybroker.login.provider import SLOWER, plain, said, seconds
+from keybroker.login.provider import SLOWER, plain, reason, said, seconds, word
 from keybroker.sources.http import Http, Reply
 from keybroker.values import dataclass, field
 
@@ -33,7 +33,11 @@ LATER = frozenset({"temporarily_unavailable", "server_error", "slow_down"})
 
 
 class Refused(Exception):  # noqa: N818  # an answer, as often as an error
-    """An error as OAuth has it: a word, and what the provider adds to it."""
+    """
+    An error as OAuth has it: a word, and what the provider adds to it.
+
+    The latter is for the eyes of a person who is just signing in, and for no log.
+    """
 
     def __init__(self, error: str, description: str, status: int) -> None:
         super().__init__(error)
@@ -217,7 +221,7 @@ class Client:
         except MissingTokenError:
             raise SourceInvalid(f"{self._who}: {http.host} gave no token") from None
         except OAuth2Error as error:
-            raise Refused(str(error.error), said(error.description), reply.status) from None
+            raise Refused(word(error.error), reason(error.description), reply.status) from None
         except (ValueError, TypeError, AttributeError):
             raise SourceInvalid(f"{self._who}: {http.host} gave no token") from None
         found = plain(reply.value)
@@ -234,7 +238,7 @@ class Client:
         found = plain(reply.value)
         error = found.get("error")
         if isinstance(error, str) and error not in LATER - {"slow_down"} and reply.status < 500:
-            return Refused(said(error), said(found.get("error_description")), reply.status)
+            return Refused(word(error), reason(found.get("error_description")), reply.status)
         problem = f"{self._who}: {http.host} gave no token ({reply.status})"
         if reply.status == 429 or reply.status >= 500 or error in LATER:
             return SourceUnavailable(problem, retry_after=reply.retry_after)
@@ -251,9 +255,19 @@ class Client:
         return http.call("POST", path, headers=headers, form=body)
 
 
-def as_error(refused: Refused, who: str, host: str, doing: str) -> KeybrokerError:
-    """Return what a refusal means where nothing more is known of it."""
-    about = f": {refused.description}" if refused.description else ""
+def as_error(
+    refused: Refused, who: str, host: str, doing: str, *, person: bool = False
+) -> KeybrokerError:
+    """
+    Return what a refusal means where nothing more is known of it.
+
+    Args:
+        person: Somebody is just signing in: they are told what the provider adds.
+    """
+    about = f": {refused.description}" if person and refused.description else ""
+    if person and refused.error in ("access_denied", "expired_token"):
+        over = "was refused" if refused.error == "access_denied" else "took longer than its code"
+        return SourceDenied(f"{who}: the sign-in {over}{about}", hint=f"run: keybroker {who}")
     problem = f"{who}: {host} will not {doing} ({refused.error}{about})"
     if refused.error in OURS:
         return SourceDenied(problem, hint="see client_id and client_secret of the login")

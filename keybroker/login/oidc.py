@@ -4,32 +4,38 @@ See: OpenID Connect Core 1.0 and Discovery 1.0; RFC 7636 (PKCE), RFC 8252 (nativ
 (`iss` in the answer), RFC 8707 (resource).
 """
 
+import json
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
-from joserfc import jwt
+from joserfc import jws, jwt
 from joserfc.errors import JoseError
 from joserfc.jwk import KeySet
 
 from keybroker.credential import Secret
-from keybroker.errors import SourceInvalid
+from keybroker.errors import SourceError, SourceInvalid
 from keybroker.login.oauth import Client, Granted, Refused, as_error
 from keybroker.login.provider import (
     BROWSER,
     DEVICE,
     Base,
     Device,
+    HalfRenewedError,
     Visit,
     plain,
+    reason,
     said,
     seconds,
     unguessable,
+    word,
 )
 from keybroker.login.tokens import Tokens
 from keybroker.signin import SignIn
 from keybroker.sources.http import Http
 from keybroker.sources.reference import resolve
+from keybroker.values import replace
 
 # Asymmetric ones alone: a public key must never serve as a shared secret, and "none" is none.
 ALGORITHMS = (
@@ -39,6 +45,7 @@ ALGORITHMS = (
 LEEWAY = 60  # seconds by which two clocks may differ
 ENDED = frozenset({"invalid_grant", "interaction_required", "login_required", "consent_required"})
 ID_TOKEN = "id_token"  # noqa: S105  # a name
+SUBJECT = "sub"
 
 
 class Oidc(Base):
@@ -58,8 +65,8 @@ class Oidc(Base):
 
     @property
     def redirect(self) -> tuple[str, int, str]:
-        host, port, _ = super().redirect
-        return host, port, self._settings["redirect"]
+        registered = urlsplit(self._settings["redirect"])
+        return str(registered.hostname), super().redirect[1], registered.path
 
     def browser(self, redirect: str) -> Visit:
         """Begin a sign-in by code and PKCE; see `Provider`."""
@@ -85,7 +92,7 @@ class Oidc(Base):
                     http, path, answer["code"], redirect, verifier, **self._resource()
                 )
             except Refused as refused:
-                raise as_error(refused, self._who, http.host, "sign in") from None
+                raise as_error(refused, self._who, http.host, "sign in", person=True) from None
             return self._tokens(granted, nonce)
 
         return Visit(url, state, redeem)
@@ -97,14 +104,14 @@ class Oidc(Base):
         try:
             code = client.device(http, path, self._settings["scopes"], **self._wishes())
         except Refused as refused:
-            raise as_error(refused, self._who, http.host, "give a code") from None
+            raise as_error(refused, self._who, http.host, "give a code", person=True) from None
         token, token_path = self._at("token_endpoint")
 
         def poll(interval: float) -> Tokens | float:
             try:
                 found = client.poll(token, token_path, code.device_code, interval)
             except Refused as refused:
-                raise as_error(refused, self._who, token.host, "sign in") from None
+                raise as_error(refused, self._who, token.host, "sign in", person=True) from None
             return found if isinstance(found, float) else self._tokens(found, None)
 
         return Device(code.url, code.user_code, code.interval, code.lasts, poll, code.whole)
@@ -119,15 +126,11 @@ class Oidc(Base):
             if refused.error in ENDED:
                 raise self._needed(f"{http.host} has ended the sign-in") from None
             raise as_error(refused, self._who, http.host, "renew the token") from None
-        fresh = self._again(
-            tokens,
-            *self._used(granted, None, tokens),
-            refresh=granted.refresh,
-            lasts=seconds(granted.values.get("refresh_expires_in")),
-        )
-        found = granted.values.get(ID_TOKEN)
-        extra = {**tokens.extra, **({ID_TOKEN: found} if isinstance(found, str) else {})}
-        return Tokens(fresh.standing, fresh.access, fresh.refresh, extra)
+        kept = replace(tokens, refresh=granted.refresh or tokens.refresh)
+        try:
+            return self._renewed(tokens, granted)
+        except SourceError as error:
+            raise HalfRenewedError(kept, error) from None
 
     def revoke(self, tokens: Tokens) -> bool:
         if "revocation_endpoint" not in self._described():
@@ -145,34 +148,58 @@ class Oidc(Base):
         claims: Mapping[str, Any] = {}
         if isinstance(text, str):
             claims = self._checked(text, nonce)
-        elif "openid" in self._settings["scopes"]:
-            raise SourceInvalid(f"{self._who}: the provider gave no ID token, though it was asked")
-        who = claims.get("email") or claims.get("preferred_username") or claims.get("sub")
-        access, asked_at, life = self._used(granted, claims, None)
+        elif self._id_is_used or "openid" in self._settings["scopes"]:
+            raise SourceInvalid(
+                f"{self._who}: the provider gave no ID token", hint='scopes has to name "openid"'
+            )
+        who = claims.get("email") or claims.get("preferred_username") or claims.get(SUBJECT)
+        access, life = self._used(granted, text, claims)
         return self._made(
             access,
-            asked_at,
+            granted.asked_at,
             life,
             who=said(who),
             refresh=granted.refresh,
             lasts=seconds(granted.values.get("refresh_expires_in")),
-            extra={ID_TOKEN: text} if isinstance(text, str) else {},
+            extra={SUBJECT: str(claims[SUBJECT])} if claims else {},
+        )
+
+    def _renewed(self, before: Tokens, granted: Granted) -> Tokens:
+        """Return what a renewal gave."""
+        text = granted.values.get(ID_TOKEN)
+        claims: Mapping[str, Any] = {}
+        if self._id_is_used:  # else it need not come
+            if not isinstance(text, str):
+                raise SourceInvalid(
+                    f"{self._who}: the provider renews no ID tokens", hint='set token = "access"'
+                )
+            claims = self._checked(text, None)
+            if claims[SUBJECT] != before.extra.get(SUBJECT):
+                raise self._wrong_id(SUBJECT)
+        access, life = self._used(granted, text, claims)
+        return self._again(
+            before,
+            access,
+            granted.asked_at,
+            life,
+            refresh=granted.refresh,
+            lasts=seconds(granted.values.get("refresh_expires_in")),
         )
 
     def _used(
-        self, granted: Granted, claims: Mapping[str, Any] | None, before: Tokens | None
-    ) -> tuple[Secret, Any, timedelta | None]:
+        self, granted: Granted, text: Any, claims: Mapping[str, Any]
+    ) -> tuple[Secret, timedelta | None]:
         """Return the token that is used, and for how long it is good."""
-        used = self._settings["token"]
-        if used == "access":
-            return granted.access, granted.asked_at, granted.life
-        text = granted.values.get(ID_TOKEN)
-        if not isinstance(text, str):
-            what = "gave no ID token" if before is None else "renews no ID tokens"
-            raise SourceInvalid(f"{self._who}: the provider {what}", hint='set token = "access"')
-        claims = claims or self._checked(text, None)
-        life = seconds(float(claims["exp"]) - float(claims.get("iat", claims["exp"])))
-        return self._secret(text, "ID token"), granted.asked_at, life
+        if not self._id_is_used:
+            return granted.access, granted.life or _life(granted.values["access_token"])
+        life = seconds(claims["exp"] - claims["iat"])  # by their clock alone: ours may be wrong
+        if life is None:
+            raise self._wrong_id("exp")
+        return self._secret(text, "ID token"), life
+
+    @property
+    def _id_is_used(self) -> bool:
+        return bool(self._settings["token"] == "id")  # noqa: S105  # a word of the configuration
 
     def _checked(self, text: str, nonce: str | None) -> Mapping[str, Any]:
         """Check an ID token: who signed it, for whom, when, and that it answers us."""
@@ -189,6 +216,8 @@ class Oidc(Base):
             "iss": {"essential": True, "value": self._described()["issuer"]},
             "aud": {"essential": True, "value": client},
             "exp": {"essential": True},
+            "iat": {"essential": True},
+            "sub": {"essential": True},
         }
         if nonce is not None:
             wanted["nonce"] = {"essential": True, "value": nonce}
@@ -215,11 +244,10 @@ class Oidc(Base):
         if answer.get("iss", known["issuer"] if not supported else "") != known["issuer"]:
             raise SourceInvalid(f"{self._who}: the answer is of another provider")
         if "error" in answer:
-            about = said(answer.get("error_description"))
-            raise SourceInvalid(
-                f"{self._who}: the provider says {said(answer['error'])}"
-                + (f": {about}" if about else "")
-            )
+            about = reason(answer.get("error_description"))
+            refused = Refused(word(answer["error"]), about, 0)
+            host = urlsplit(self._issuer).netloc
+            raise as_error(refused, self._who, host, "sign in", person=True)
         if not answer.get("code"):
             raise SourceInvalid(f"{self._who}: the answer has no code in it")
 
@@ -281,3 +309,12 @@ class Oidc(Base):
                 raise self._trouble(reply, http.host, "give its keys")
             self._keys = KeySet.import_key_set(reply.value)
         return self._keys
+
+
+def _life(token: str) -> timedelta | None:
+    """Return for how long a token is good that says so itself, where the answer did not."""
+    try:
+        claims = json.loads(jws.extract_compact(token.encode()).payload)
+        return seconds(claims["exp"] - claims["iat"])
+    except (JoseError, ValueError, KeyError, TypeError):
+        return None

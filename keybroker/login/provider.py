@@ -1,5 +1,6 @@
 """What every kind of login has in common: how a person is asked, how a token is had anew."""
 
+import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -7,7 +8,13 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
 from keybroker.credential import Secret
-from keybroker.errors import ConfigError, LoginNeeded, SourceInvalid, SourceUnavailable
+from keybroker.errors import (
+    ConfigError,
+    KeybrokerError,
+    LoginNeeded,
+    SourceInvalid,
+    SourceUnavailable,
+)
 from keybroker.login.tokens import Tokens
 from keybroker.signin import SignIn, Standing
 from keybroker.sources.http import Http, Reply
@@ -17,6 +24,8 @@ BROWSER, DEVICE = "browser", "device"
 LONGEST_WAIT = timedelta(minutes=10)  # for a person
 SLOWER = 5.0  # seconds that `slow_down` adds; RFC 8628, section 3.5
 LONGEST_REASON = 80
+WORD = re.compile(r"[A-Za-z0-9_.-]{1,40}")  # as OAuth's errors are
+UNSAID = re.compile(r"[A-Za-z0-9_.~+/=%-]{20,}")  # in what a provider says: it may be a token
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +64,20 @@ class Device:
     whole: str = field(default="", repr=False)
 
 
+class HalfRenewedError(Exception):
+    """
+    A renewal failed after the provider had replaced the refresh token.
+
+    Args:
+        tokens: What has to be kept nevertheless.
+        error: What went wrong.
+    """
+
+    def __init__(self, tokens: Tokens, error: KeybrokerError) -> None:
+        super().__init__(error.message)
+        self.tokens, self.error = tokens, error
+
+
 class Provider(Protocol):
     """One kind of login. Blocking; runs in a worker process."""
 
@@ -83,6 +106,7 @@ class Provider(Protocol):
 
         Raises:
             LoginNeeded: The provider says that the sign-in is over.
+            HalfRenewedError: It did its part, and what it gave is of no use.
             SourceError, ConfigError: It did not say so.
         """
 
@@ -229,6 +253,16 @@ def said(value: object) -> str:
     text = value if isinstance(value, str) else ""
     text = "".join(one for one in text if one.isprintable())
     return text[:LONGEST_REASON]
+
+
+def word(value: object) -> str:
+    """Return the name of an error of the provider's."""
+    return value if isinstance(value, str) and WORD.fullmatch(value) else "an error without a name"
+
+
+def reason(value: object) -> str:
+    """Return what a provider says to a person, without what may be a secret."""
+    return said(UNSAID.sub("…", value) if isinstance(value, str) else "")
 
 
 def now() -> datetime:
