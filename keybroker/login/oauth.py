@@ -5,7 +5,7 @@ See: RFC 6749 (tokens), RFC 7009 (revocation), RFC 8628 (devices).
 
 import os
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 from urllib.parse import quote
@@ -28,6 +28,7 @@ from keybroker.values import dataclass, field
 os.environ.update(dict.fromkeys(("OAUTHLIB_INSECURE_TRANSPORT", "OAUTHLIB_RELAX_TOKEN_SCOPE"), "1"))
 
 DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
+METHODS = (BASIC, POST) = ("client_secret_basic", "client_secret_post")
 OURS = frozenset({"invalid_client", "unauthorized_client", "unsupported_grant_type"})
 LATER = frozenset({"temporarily_unavailable", "server_error", "slow_down"})
 
@@ -73,7 +74,9 @@ class Client:
 
     Args:
         who: What begins every message.
-        secret: Sent by `method`: client_secret_basic or client_secret_post; None: a public one.
+        secret: None: a public one.
+        methods: By which of METHODS it may be sent. One that is refused gives way to the next:
+            only the provider knows what was agreed upon.
     """
 
     def __init__(
@@ -81,12 +84,17 @@ class Client:
         who: str,
         client_id: str | None,
         secret: Secret | None = None,
-        method: str = "client_secret_basic",
+        methods: Sequence[str] = (),
     ) -> None:
         self._who = who
         self._id = client_id
         self._secret = secret
-        self._method = method
+        self._methods = [one for one in METHODS if one in methods] or [*METHODS]
+
+    @property
+    def method(self) -> str:
+        """How the secret is sent, as far as that is known."""
+        return self._methods[0]
 
     def address(
         self,
@@ -245,9 +253,21 @@ class Client:
         return SourceInvalid(problem)
 
     def _post(self, http: Http, path: str, body: str) -> Reply:
+        reply = self._send(http, path, body)
+        while (
+            self._secret is not None
+            and reply.status in (400, 401)
+            and plain(reply.value).get("error") == "invalid_client"
+            and len(self._methods) > 1
+        ):
+            del self._methods[0]
+            reply = self._send(http, path, body)
+        return reply
+
+    def _send(self, http: Http, path: str, body: str) -> Reply:
         headers = {"accept": "application/json"}
         if self._secret is not None and self._id is not None:
-            if self._method == "client_secret_post":
+            if self._methods[0] == POST:
                 body += f"&client_secret={quote(self._secret.reveal(), safe='')}"
             else:  # RFC 6749, section 2.3.1: both are encoded before
                 pair = f"{quote(self._id, safe='')}:{quote(self._secret.reveal(), safe='')}"

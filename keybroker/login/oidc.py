@@ -5,13 +5,14 @@ See: OpenID Connect Core 1.0 and Discovery 1.0; RFC 7636 (PKCE), RFC 8252 (nativ
 """
 
 import json
+import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
 from joserfc import jws, jwt
-from joserfc.errors import JoseError
+from joserfc.errors import JoseError, SecurityWarning
 from joserfc.jwk import KeySet
 
 from keybroker.credential import Secret
@@ -45,7 +46,7 @@ ALGORITHMS = (
 LEEWAY = 60  # seconds by which two clocks may differ
 ENDED = frozenset({"invalid_grant", "interaction_required", "login_required", "consent_required"})
 ID_TOKEN = "id_token"  # noqa: S105  # a name
-SUBJECT = "sub"
+SUBJECT, METHOD = "sub", "method"
 
 
 class Oidc(Base):
@@ -56,6 +57,7 @@ class Oidc(Base):
         self._issuer: str = self._settings["issuer"]
         self._known: dict[str, Any] = {}
         self._keys: KeySet | None = None
+        self._as: Client | None = None
 
     @property
     def flows(self) -> tuple[str, ...]:
@@ -121,7 +123,8 @@ class Oidc(Base):
         assert tokens.refresh is not None, "who has none does not ask"
         http, path = self._at("token_endpoint")
         try:
-            granted = self._client().refresh(http, path, tokens.refresh, **self._resource())
+            client = self._client(tokens.extra.get(METHOD, ""))
+            granted = client.refresh(http, path, tokens.refresh, **self._resource())
         except Refused as refused:
             if refused.error in ENDED:
                 raise self._needed(f"{http.host} has ended the sign-in") from None
@@ -137,7 +140,8 @@ class Oidc(Base):
             return False
         http, path = self._at("revocation_endpoint")
         token, kind = tokens.refresh, "refresh_token"
-        self._client().revoke(http, path, token or tokens.access, kind if token else "access_token")
+        client = self._client(tokens.extra.get(METHOD, ""))
+        client.revoke(http, path, token or tokens.access, kind if token else "access_token")
         return True
 
     # reading
@@ -161,7 +165,7 @@ class Oidc(Base):
             who=said(who),
             refresh=granted.refresh,
             lasts=seconds(granted.values.get("refresh_expires_in")),
-            extra={SUBJECT: str(claims[SUBJECT])} if claims else {},
+            extra={METHOD: self._client().method, **({SUBJECT: claims[SUBJECT]} if claims else {})},
         )
 
     def _renewed(self, before: Tokens, granted: Granted) -> Tokens:
@@ -205,7 +209,9 @@ class Oidc(Base):
         """Check an ID token: who signed it, for whom, when, and that it answers us."""
         for again in (False, True):
             try:
-                token = jwt.decode(text, self._key_set(anew=again), algorithms=list(ALGORITHMS))
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", SecurityWarning)  # of a name: EdDSA
+                    token = jwt.decode(text, self._key_set(anew=again), algorithms=list(ALGORITHMS))
                 break
             except (JoseError, ValueError, KeyError, TypeError) as error:
                 if again:  # the provider's keys may have been replaced
@@ -261,13 +267,15 @@ class Oidc(Base):
         resource = self._settings["resource"]
         return {} if resource is None else {"resource": resource}
 
-    def _client(self) -> Client:
-        reference = self._settings["client_secret"]
-        secret = None if reference is None else resolve(reference, self._environment)
-        methods = self._described().get("token_endpoint_auth_methods_supported")
-        basic = not isinstance(methods, list) or "client_secret_basic" in methods
-        method = "client_secret_basic" if basic else "client_secret_post"
-        return Client(self._who, self._settings["client_id"], secret, method)
+    def _client(self, method: str = "") -> Client:
+        """Return the client that we are; `method`: how its secret was sent the last time."""
+        if self._as is None:
+            reference = self._settings["client_secret"]
+            secret = None if reference is None else resolve(reference, self._environment)
+            known = self._described().get("token_endpoint_auth_methods_supported")
+            methods = [method] if method else known if isinstance(known, list) else ()
+            self._as = Client(self._who, self._settings["client_id"], secret, methods)
+        return self._as
 
     def _described(self) -> Mapping[str, Any]:
         """Return what the provider says of itself, which must be of itself."""

@@ -68,6 +68,7 @@ class Browser:
         """
         form: dict[str, str] | None = None
         sent: set[tuple[str, str]] = set()
+        refused = False
         for _ in range(MOST_STEPS):
             if self.before and url.startswith(self.before):
                 return Page(url, 0, "")
@@ -83,10 +84,11 @@ class Browser:
             if refuse and page.way_out:
                 url, form = urljoin(url, page.way_out), None
                 continue
-            if status >= 400 or page.form is None:
+            if status >= 400 or page.form is None or refused:
                 return Page(url, status, text)
             target = urljoin(url, page.form.action)
             form = self._filled(page.form, refuse=refuse)
+            refused = refuse and any(REFUSING.search(one) for pair in form.items() for one in pair)
             if page.form.method == "get":
                 target, form = f"{target.partition('?')[0]}?{urlencode(form)}", None
             once = (target, urlencode(form or {}))
