@@ -48,7 +48,8 @@ class Loopback:
     def __init__(self, login: str, host: str, port: int, path: str) -> None:
         self._login = login
         self._path = path or "/"
-        self._over = f"{path}/signed-in"  # so that no address with a code stays in the browser
+        # so that no address with a code in it stays in the browser
+        self._over = f"{path.rstrip('/')}/signed-in"
         self._state = ""
         self._redeem: Callable[[Mapping[str, str]], Tokens] | None = None
         self._lock = threading.Lock()

@@ -136,6 +136,7 @@ class Oidc(Base):
             raise HalfRenewedError(kept, error) from None
 
     def revoke(self, tokens: Tokens) -> bool:
+        """End the sign-in at the provider; see `Provider`."""
         if "revocation_endpoint" not in self._described():
             return False
         http, path = self._at("revocation_endpoint")
