@@ -486,7 +486,7 @@ class Daemon:
 
     def _credential_files(self) -> list[Path]:
         """Return the files that credentials are read from."""
-        named: list[str] = []
+        named = [name for one in self._file.logins.values() for name in one.files]
         for issuer in (one for p in self._config.profiles.values() for one in p.asked):
             admin = issuer.admin
             named += [str(admin.value)] if admin is not None and admin.kind == "file" else []
@@ -761,7 +761,7 @@ class Daemon:
             for profile in self._config.profiles.values():
                 if not any(one.name == name for one in profile.logins):
                     continue
-                if stage == "keep":
+                if stage in ("keep", "try"):
                     broker.retry(profile.name, by_hand=True)
                 elif stage != "check" and not profile.kind.ours:  # the token itself
                     broker.drop(profile.name)

@@ -35,6 +35,7 @@ TABLES = (
     "profiles",
 )  # at the top of a file, and nowhere else
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")  # of a profile, of a login
+GITHUB = "github-actions"  # whose jobs get a JWT from a server
 LOCAL = ("env", "file", "keyring", "command")  # what is read on this machine
 SIGNED_IN = (*LOCAL, "login")
 REFERENCES = (*SIGNED_IN, "vault", "aws")

@@ -1,12 +1,15 @@
 """What a `[logins.NAME]` table of each type holds."""
 
 import re
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
+from keybroker.credential import Reference
 from keybroker.fields import (
     COUNT,
     DURATION,
+    GITHUB,
     LOCAL_REFERENCE,
     PATH,
     TABLE,
@@ -16,9 +19,11 @@ from keybroker.fields import (
     Field,
     Kind,
     one_of,
+    read_local_reference,
     read_table,
 )
 
+NONE, CLIENT, BEARER, EXCHANGE = "none", "client_credentials", "jwt_bearer", "token_exchange"
 # What a sign-in's address has of ours: none of it is a wish.
 OURS = frozenset(
     (
@@ -49,6 +54,19 @@ def read_parameters(value: Any) -> dict[str, str]:
 
 REDIRECT_TEXT = re.compile(r"http://(?:127\.0\.0\.1|localhost)(?:/[A-Za-z0-9/_.~-]*)?")
 REDIRECT = Kind(read_redirect, {"type": "string", "pattern": f"^{REDIRECT_TEXT.pattern}$"})
+
+
+def read_jwt(value: Any) -> str | Reference:
+    """Read where a JWT is, or who gives one."""
+    if value == GITHUB:
+        return GITHUB
+    try:
+        return read_local_reference(value)
+    except ValueError as error:
+        raise ValueError(f'{error}; or "{GITHUB}"') from None
+
+
+JWT = Kind(read_jwt, {"oneOf": [{"const": GITHUB}, LOCAL_REFERENCE.schema]})
 PARAMETERS = Kind(read_parameters, TABLE.schema)
 COMMON = {
     "warn": Field(
@@ -88,4 +106,62 @@ LOGINS: dict[str, dict[str, Field]] = {
             default="http://127.0.0.1/callback",
         ),
     },
+    "workload": {
+        **COMMON,
+        "jwt": Field(
+            JWT, 'What says who this machine is: "github-actions", or where a JWT of it is.'
+        ),
+        "jwt_audience": Field(TEXT, "Whom the JWT of GitHub's is for."),
+        "grant": Field(
+            one_of(NONE, CLIENT, BEARER, EXCHANGE),
+            "What the provider is asked for; none: the JWT is used as it is.",
+            default=NONE,
+        ),
+        "issuer": Field(URL, "The provider."),
+        "token_url": Field(URL, "In place of it, where it gives tokens, should it not say so."),
+        "client_id": Field(TEXT, "As which client."),
+        "client_secret": Field(LOCAL_REFERENCE, "Where its secret is."),
+        "private_key": Field(
+            PATH, "In place of a secret, the file of a key that signs for the client: PEM or JWK."
+        ),
+        "key_id": Field(TEXT, "What the provider calls that key."),
+        "jwt_type": Field(
+            one_of("jwt", "id_token", "access_token"),
+            "As what the JWT is exchanged (token_exchange).",
+            default="jwt",
+        ),
+        "scopes": Field(TEXTS, "What is asked for.", default=()),
+        "resource": Field(TEXT, "Whom the token is for (RFC 8707)."),
+        "audience": Field(TEXT, "The same in the words of others, and of RFC 8693."),
+    },
 }
+
+
+def contradictions(kind: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the keys of a table that do not go together with the others, and why."""
+    if kind != "workload":
+        return
+    grant, jwt = settings["grant"], settings["jwt"]
+    given = {name for name, value in settings.items() if value not in (None, ())}
+    ours = given & {"client_secret", "private_key"}
+    if settings["jwt_audience"] is not None and jwt != GITHUB:
+        yield "jwt_audience", f'is for jwt = "{GITHUB}"; who makes another one knows whom it is for'
+    if grant == NONE:
+        for name in ("issuer", "token_url", "client_id", *ours, "scopes", "resource", "audience"):
+            if name in given:
+                yield name, f'nobody is asked; say for what: grant = "{CLIENT}" or another'
+    elif len(given & {"issuer", "token_url"}) != 1:
+        yield "issuer", "give issuer or token_url: who is asked for a token"
+    if grant != CLIENT and jwt is None:
+        yield "jwt", f'there is nothing that says who this is: jwt = "{GITHUB}" or {{ file = … }}'
+    if grant == CLIENT and len(ours | (given & {"jwt"})) != 1:
+        yield (
+            "grant",
+            "needs one of client_secret, private_key and jwt: by what the client is known",
+        )
+    if len(ours) == 2:
+        yield "private_key", "is in place of client_secret; take one of them out"
+    if (ours or grant == CLIENT) and "client_id" not in given:
+        yield "client_id", "is missing: whose secret, key or JWT it is"
+    if "key_id" in given and "private_key" not in given:
+        yield "key_id", "is the name of private_key, which is not there"

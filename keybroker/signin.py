@@ -14,7 +14,7 @@ from typing import Any
 from keybroker.credential import Issuer, Reference, sha256
 from keybroker.document import Where
 from keybroker.errors import ConfigError
-from keybroker.fields import NAME, read_table_of, unknown
+from keybroker.fields import GITHUB, NAME, read_table_of, unknown
 from keybroker.values import dataclass, field
 
 FOLDER = "logins"  # in the state directory
@@ -22,6 +22,7 @@ VERSION = 1  # of a file in it
 LARGEST_FILE = 1 << 18
 # keys of a table that say nothing of who signs in to what
 BESIDE = ("warn", "lasts", "timeout", "ca", "port", "redirect", "client_secret")
+GITHUB_VARIABLES = ("ACTIONS_ID_TOKEN_REQUEST_URL", "ACTIONS_ID_TOKEN_REQUEST_TOKEN")
 TABLES_OF_TEXTS = ("metadata", "headers", "parameters")  # in which `login` is any word
 
 
@@ -55,10 +56,25 @@ class SignIn:
         return Issuer("login", "", Reference("login", self.text))
 
     @property
+    def unattended(self) -> bool:
+        """Whether nobody has to sign in: a machine does by itself."""
+        return self.type == "workload"
+
+    @property
     def variables(self) -> set[str]:
-        """The variables of the environment that its references name."""
+        """The variables of the environment that it needs."""
+        given = GITHUB_VARIABLES if self.settings.get("jwt") == GITHUB else ()
+        return {*self._named("env"), *given}
+
+    @property
+    def files(self) -> list[str]:
+        """The files that it reads: another content may do better."""
+        key = self.settings.get("private_key")
+        return [*self._named("file"), *([] if key is None else [key])]
+
+    def _named(self, kind: str) -> list[str]:
         found = [one for one in self.settings.values() if isinstance(one, Reference)]
-        return {str(one.value) for one in found if one.kind == "env"}
+        return [str(one.value) for one in found if one.kind == kind]
 
 
 def read_login(
@@ -70,17 +86,22 @@ def read_login(
     Raises:
         ConfigError: An unknown type or key, a wrong value, or one that is missing.
     """
-    from keybroker.login_types import LOGINS  # most daemons have no use for it
+    from keybroker import login_types  # most daemons have no use for it
 
     path = path or ("logins", name)
     if not NAME.fullmatch(name):
         problem = "a login's name has lower-case letters, digits, - and _, at most 32"
         raise where.error(path, problem)
     kind = raw.get("type")
-    if not isinstance(kind, str) or kind not in LOGINS:
-        raise where.error((*path, "type"), f"expected one of {', '.join(sorted(LOGINS))}")
+    if not isinstance(kind, str) or kind not in login_types.LOGINS:
+        raise where.error(
+            (*path, "type"), f"expected one of {', '.join(sorted(login_types.LOGINS))}"
+        )
     rest = {key: value for key, value in raw.items() if key != "type"}
-    return SignIn(name, kind, read_table_of(rest, LOGINS[kind], path, where), raw)
+    settings = read_table_of(rest, login_types.LOGINS[kind], path, where)
+    for key, problem in login_types.contradictions(kind, settings):
+        raise where.error((*path, key), problem)
+    return SignIn(name, kind, settings, raw)
 
 
 def read_text(text: str) -> SignIn:

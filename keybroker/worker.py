@@ -536,16 +536,19 @@ class Operations:
 
         Args:
             login: The table's text.
-            stage: `check` that one could be kept; `keep` it from a file; `leave`, so that nothing
-                new is made with it; `end`, which tells the provider and forgets it here;
-                `forget`, which only does the latter.
+            stage: `check` that one could be kept; `keep` it from a file; `try` what a machine
+                does by itself; `leave`, so that nothing new is made with it; `end`, which tells
+                the provider and forgets it here; `forget`, which only does the latter.
             key: Opens the file.
         """
         from keybroker import login as logins
-        from keybroker.login.tokens import incoming
-        from keybroker.signin import read_text
+        from keybroker.login.tokens import NO_KEYRING, incoming
+        from keybroker.signin import encode_standing, read_text
 
         sign_in, store = read_text(login), self.held.sign_ins
+        if self.held.store is None and not sign_in.unattended:
+            problem = f"login {sign_in.name}: nothing opens the sign-ins here"
+            raise CacheLocked(problem, hint=NO_KEYRING)
         told = False
         if stage == "keep" and key is not None:
             given = incoming(self.state, Secret(key), self.disk)
@@ -557,6 +560,9 @@ class Operations:
             given.forget(sign_in.name)
         elif stage == "check":  # whether one could be kept
             return {"told": False}
+        elif stage == "try":
+            tokens = logins.current(sign_in, self.environment, store, fresh=True)
+            return {"told": False, "standing": encode_standing(tokens.standing)}
         elif stage == "leave":
             logins.leave(sign_in, store)
         elif stage == "forget":

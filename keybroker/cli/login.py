@@ -14,6 +14,7 @@ import click
 from keybroker import signin, wire
 from keybroker.cli.base import in_words, on_the_clock, print_json, progress
 from keybroker.cli.keys import end_keys, raise_what_is_left
+from keybroker.cli.sign_ins import described, row
 from keybroker.cli.work import configuration, daemon_socket, state
 from keybroker.config import Config
 from keybroker.errors import (
@@ -60,9 +61,16 @@ def login_command(
     sign_in = chosen(config, login)
     ways, by_hand = _ways(device=device, browser=browser, no_browser=no_browser)
     with closing(_Desk(config, sign_in)) as at:
-        standing = at.sign_in(ways, by_hand=by_hand)
+        if sign_in.unattended:
+            standing = signin.decode_standing(at.sign("try")["standing"])
+        else:
+            standing = at.sign_in(ways, by_hand=by_hand)
     if as_json:
-        print_json(_row(sign_in, standing))
+        print_json(row(sign_in, standing))
+        return
+    if sign_in.unattended:
+        print(f"Nobody has to sign in to {sign_in.name}: this machine does by itself.")
+        print(f"It works{_as(standing)}.{_token(standing)}")
         return
     print(f"Signed in to {sign_in.name}{_as(standing)}.{_until(standing)}")
 
@@ -81,7 +89,7 @@ def logout_command(login: str | None, force: bool, as_json: bool) -> None:
     standing = signin.standing_of(state(), sign_in)
     with closing(_Desk(config, sign_in)) as at:
         told, revoked = False, 0
-        if standing is not None:
+        if standing is not None or sign_in.unattended:
             at.sign("leave")
             mine = [p for p in config.profiles.values() if sign_in in p.logins and p.kind.ours]
             if mine:
@@ -97,11 +105,13 @@ def logout_command(login: str | None, force: bool, as_json: bool) -> None:
     if as_json:
         print_json({"login": sign_in.name, "told": told, "revoked": revoked})
         return
-    if standing is None:
+    if standing is None and not sign_in.unattended:
         print(f"Nobody was signed in to {sign_in.name}.")
         return
     keys = f" {revoked} key{'' if revoked == 1 else 's'} revoked." if revoked else ""
     print(f"Signed out of {sign_in.name}.{keys}")
+    if sign_in.unattended:
+        print("This machine signs in again by itself when a key is asked for.")
     if not told:
         print("The provider was not told: what it gave ends by itself.")
 
@@ -122,12 +132,16 @@ def whoami_command(login: str | None, as_json: bool) -> None:
         sign_ins = list(config.logins.values())
     found = [(one, signin.standing_of(state(), one)) for one in sign_ins]
     now = datetime.now(UTC)
-    there = [one for one, standing in found if standing is not None and not standing.over(now)]
+    there = [
+        one
+        for one, standing in found
+        if one.unattended or (standing is not None and not standing.over(now))
+    ]
     if as_json:
-        print_json([_row(one, standing) for one, standing in found])
+        print_json([row(one, standing) for one, standing in found])
     else:
         for one, standing in found:
-            print(f"{one.name}: {described(standing, now)}")
+            print(f"{one.name}: {described(one, standing, now)}")
     if not there:
         name = sign_ins[0].name
         raise LoginNeeded(f"login {name}: nobody is signed in", hint=f"run: keybroker login {name}")
@@ -153,33 +167,11 @@ def chosen(config: Config, name: str | None) -> SignIn:
     )
 
 
-def described(standing: Standing | None, now: datetime) -> str:
-    """Say in a few words how a sign-in stands."""
-    if standing is None:
-        return "nobody is signed in"
-    who = standing.who or "signed in"
-    if standing.ended:
-        return f"{who}; {standing.ended}"
-    if standing.over(now):
-        return f"{who}; it has ended"
-    until = standing.lasts_until
-    if until is None:
-        return f"{who}; renewed by itself" if standing.renewable else f"{who}; without an end"
-    return f"{who}; until {on_the_clock(until)} ({in_words(until - now)})"
-
-
-def _row(sign_in: SignIn, standing: Standing | None) -> dict[str, Any]:
-    now = datetime.now(UTC)
-    return {
-        "login": sign_in.name,
-        "type": sign_in.type,
-        "signed_in": standing is not None and not standing.over(now),
-        "who": None if standing is None else standing.who or None,
-        "since": None if standing is None else standing.since,
-        "until": None if standing is None else standing.lasts_until,
-        "renewable": None if standing is None else standing.renewable,
-        "ended": None if standing is None else standing.ended or None,
-    }
+def _token(standing: Standing) -> str:
+    ends = standing.access_ends
+    if ends is None:
+        return ""
+    return f" The token ends {on_the_clock(ends)} ({in_words(ends - datetime.now(UTC))})."
 
 
 def _as(standing: Standing) -> str:
@@ -263,7 +255,7 @@ class _Desk:
             )
             return found
         opened = self._call("unlock", SIGN_SECONDS, kind=self._config.cache_key)
-        if opened["key"] is None:
+        if opened["key"] is None and not self._sign_in.unattended:
             raise CacheLocked(
                 f"login {self._sign_in.name}: a sign-in can be kept nowhere: {opened['origin']}",
                 hint='unlock the keyring, or set key = "file" in a table [cache]',

@@ -6,9 +6,10 @@ sign-in of whoever comes second.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 
-from keybroker.errors import LoginNeeded, SourceError
+from keybroker.errors import CacheError, CacheUnreadable, LoginNeeded, SourceError
 from keybroker.login.provider import HalfRenewedError, Provider, needed, now
 from keybroker.login.tokens import Store, Tokens
 from keybroker.signin import SignIn
@@ -21,6 +22,10 @@ MARGIN = timedelta(seconds=60)  # of a token's end that is not used: for the cal
 
 def provider_of(sign_in: SignIn, environment: Mapping[str, str]) -> Provider:
     """Return who signs in by a table. Its library is imported here and not before."""
+    if sign_in.type == "workload":
+        from keybroker.login.workload import Workload
+
+        return Workload(sign_in, environment)
     from keybroker.login.oidc import Oidc
 
     return Oidc(sign_in, environment)
@@ -47,12 +52,15 @@ def current(
         SourceError, ConfigError: It is to be renewed, and the provider did not do so.
     """
     tokens = _known(sign_in, store)
-    if _good(tokens, least, fresh=fresh):
+    if tokens is not None and _good(tokens, least, fresh=fresh):
         return tokens
     with store.alone(sign_in.name):
         tokens = _known(sign_in, store)  # somebody else may have renewed it meanwhile
-        if _good(tokens, least, fresh=fresh):
+        if tokens is not None and _good(tokens, least, fresh=fresh):
             return tokens
+        if sign_in.unattended:
+            return _by_itself(sign_in, environment, store)
+        assert tokens is not None, "who has to sign in has done so"
         if tokens.refresh is None:
             if tokens.left(now()) > 0:
                 return tokens
@@ -71,6 +79,21 @@ def current(
             provider.close()
         store.save(renewed)
     return renewed
+
+
+def _by_itself(sign_in: SignIn, environment: Mapping[str, str], store: Store) -> Tokens:
+    """Have a machine sign in; that its token can be kept is a help, and no more."""
+    from keybroker.login.workload import Workload
+
+    machine = Workload(sign_in, environment)
+    machine.together()
+    try:
+        tokens = machine.refresh(None)
+    finally:
+        machine.close()
+    with suppress(CacheError):
+        store.save(tokens)
+    return tokens
 
 
 def usable(
@@ -93,7 +116,7 @@ def usable(
     try:
         return current(sign_in, environment, store, least=least)
     except SourceError:
-        tokens = store.load(sign_in)
+        tokens = _opened(sign_in, store)
         if tokens is None or tokens.left(now()) <= 0:
             raise
         if tokens.standing.ended == SIGNED_OUT and not ends:
@@ -106,8 +129,11 @@ def margin(life: timedelta) -> timedelta:
     return min(MARGIN, life / 5)
 
 
-def _known(sign_in: SignIn, store: Store) -> Tokens:
-    tokens = store.load(sign_in)
+def _known(sign_in: SignIn, store: Store) -> Tokens | None:
+    """Return what is kept; None where a machine is yet to sign in."""
+    tokens = _opened(sign_in, store)
+    if tokens is None and sign_in.unattended:
+        return None
     if tokens is None or tokens.standing.ended == SIGNED_OUT:
         raise needed(sign_in, "nobody is signed in")
     if tokens.standing.ended:
@@ -115,14 +141,24 @@ def _known(sign_in: SignIn, store: Store) -> Tokens:
     return tokens
 
 
+def _opened(sign_in: SignIn, store: Store) -> Tokens | None:
+    """Open what is kept; what a machine has lost so it has anew."""
+    try:
+        return store.load(sign_in)
+    except CacheUnreadable:
+        if not sign_in.unattended:
+            raise
+        return None
+
+
 def _good(tokens: Tokens, least: timedelta | None, *, fresh: bool) -> bool:
     """Say whether a token does as it is."""
     standing, at = tokens.standing, now()
     since = at - standing.refreshed_at
-    if tokens.refresh is not None and since < -BEHIND:
+    if standing.renewable and since < -BEHIND:
         return False  # the clock was set back: nobody knows how old it is
     if fresh:
-        return tokens.refresh is None or since < APART
+        return not standing.renewable or since < APART
     if standing.access_ends is None:
         return True
     life = standing.access_ends - standing.refreshed_at
@@ -133,7 +169,7 @@ def _good(tokens: Tokens, least: timedelta | None, *, fresh: bool) -> bool:
 def leave(sign_in: SignIn, store: Store) -> None:
     """Begin to sign out: from now on the sign-in only ends what was made with it."""
     with store.alone(sign_in.name):
-        tokens = store.load(sign_in)
+        tokens = _opened(sign_in, store)
         if tokens is not None and not tokens.standing.ended:
             store.save(tokens.ended(SIGNED_OUT))
 
@@ -149,7 +185,7 @@ def end(sign_in: SignIn, environment: Mapping[str, str], store: Store) -> bool:
         SourceError: The provider did not confirm it: nothing was changed.
     """
     with store.alone(sign_in.name):
-        tokens = store.load(sign_in)
+        tokens = _opened(sign_in, store)
         told = False
         if tokens is not None and tokens.standing.ended in ("", SIGNED_OUT):
             provider = provider_of(sign_in, environment)

@@ -15,6 +15,9 @@ from oauthlib.oauth2.rfc6749.errors import (  # type: ignore[import-untyped]
     MissingTokenError,
     OAuth2Error,
 )
+from oauthlib.oauth2.rfc6749.parameters import (  # type: ignore[import-untyped]
+    prepare_token_request,
+)
 
 from keybroker.credential import Secret
 from keybroker.errors import KeybrokerError, SourceDenied, SourceInvalid, SourceUnavailable
@@ -194,9 +197,19 @@ class Client:
         except SourceUnavailable:  # RFC 8628, section 3.5: a time-out is no answer, ask later
             return min(60.0, 2 * interval)
 
-    def revoke(self, http: Http, path: str, token: Secret, kind: str) -> None:
+    def grant(
+        self, http: Http, path: str, grant: str, scopes: tuple[str, ...] = (), **more: str
+    ) -> Granted:
+        """Ask for a token by a grant that needs no person; raises as `ask`."""
+        body = prepare_token_request(grant, client_id=self._id, scope=list(scopes), **more)
+        return self.ask(http, path, body)
+
+    def revoke(self, http: Http, path: str, token: Secret, kind: str, **more: str) -> bool:
         """
         Have a token ended; one that is not known is a success.
+
+        Returns:
+            False where tokens of this kind are not ended, but end by themselves.
 
         Raises:
             SourceError: It was not confirmed.
@@ -204,13 +217,16 @@ class Client:
         client = WebApplicationClient(self._id)
         named = {} if self._id is None else {"client_id": self._id}
         _, _, body = client.prepare_token_revocation_request(
-            "https://unused.invalid", token.reveal(), token_type_hint=kind, **named
+            "https://unused.invalid", token.reveal(), token_type_hint=kind, **named, **more
         )
         reply = self._post(http, path, body)
         if reply.status not in (200, 204):
+            if plain(reply.value).get("error") == "unsupported_token_type":  # RFC 7009, 2.2.1
+                return False
             raise SourceUnavailable(
                 f"{self._who}: {http.host} did not end the sign-in ({reply.status})"
             )
+        return True
 
     def ask(self, http: Http, path: str, body: str) -> Granted:
         """

@@ -142,8 +142,8 @@ class Oidc(Base):
         http, path = self._at("revocation_endpoint")
         token, kind = tokens.refresh, "refresh_token"
         client = self._client(tokens.extra.get(METHOD, ""))
-        client.revoke(http, path, token or tokens.access, kind if token else "access_token")
-        return True
+        used = token or tokens.access
+        return client.revoke(http, path, used, kind if token else "access_token")
 
     # reading
 
@@ -271,12 +271,15 @@ class Oidc(Base):
     def _client(self, method: str = "") -> Client:
         """Return the client that we are; `method`: how its secret was sent the last time."""
         if self._as is None:
-            reference = self._settings["client_secret"]
-            secret = None if reference is None else resolve(reference, self._environment)
             known = self._described().get("token_endpoint_auth_methods_supported")
             methods = [method] if method else known if isinstance(known, list) else ()
+            secret = self._client_secret()
             self._as = Client(self._who, self._settings["client_id"], secret, methods)
         return self._as
+
+    def _client_secret(self) -> Secret | None:
+        reference = self._settings["client_secret"]
+        return None if reference is None else resolve(reference, self._environment)
 
     def _described(self) -> Mapping[str, Any]:
         """Return what the provider says of itself, which must be of itself."""

@@ -158,9 +158,10 @@ class Base:
     def _has_no(self, way: str) -> ConfigError:
         return ConfigError(f"{self._who}: {self._sign_in.type} cannot sign in with {way}")
 
-    def _http(self, url: str) -> Http:
+    def _http(self, url: str, setting: str = "issuer") -> Http:
         seconds = self._settings["timeout"].total_seconds()
-        http = Http(self._who, url, ca=self._settings.get("ca"), seconds=seconds, setting="issuer")
+        ca = self._settings.get("ca")
+        http = Http(self._who, url, ca=ca, seconds=seconds, setting=setting)
         http.until = self._until
         self._opened.append(http)
         return http

@@ -4,13 +4,44 @@ And what opens the sign-ins that are kept on disk.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 from keybroker.credential import Session
 from keybroker.errors import CacheLocked
+from keybroker.signin import SignIn
 from keybroker.values import replace
 
 T = TypeVar("T")
+
+
+class Memory:
+    """
+    What a machine was given when it signed in, where nothing seals it: see `login.tokens.Store`.
+
+    What a person's sign-in gave is not kept so.
+    """
+
+    def __init__(self) -> None:
+        self._tokens: dict[str, Any] = {}
+
+    def load(self, sign_in: SignIn) -> Any | None:
+        """Return what is kept; CacheLocked where only a file could."""
+        if not sign_in.unattended:
+            raise CacheLocked(f"login {sign_in.name}: nothing opens the sign-ins here")
+        tokens = self._tokens.get(sign_in.name)
+        return tokens if tokens is not None and tokens.standing.mark == sign_in.mark else None
+
+    def save(self, tokens: Any) -> None:
+        self._tokens[tokens.standing.name] = tokens
+
+    def forget(self, name: str) -> None:
+        self._tokens.pop(name, None)
+
+    def alone(self, name: str) -> AbstractContextManager[None]:
+        """Nobody else sees it."""
+        del name
+        return nullcontext()
 
 
 class Held:
@@ -47,15 +78,8 @@ class Held:
 
     @property
     def sign_ins(self) -> Any:
-        """
-        Where sign-ins are kept.
-
-        Raises:
-            CacheLocked: Nobody gave us what opens them.
-        """
-        if self.store is None:
-            raise CacheLocked("login: nothing opens the sign-ins here")
-        return self.store
+        """Where sign-ins are kept: on disk, or for as long as we live."""
+        return self.store or self.shared("sign-ins", Memory)
 
     def shared(self, name: str, make: Callable[[], T]) -> T:
         """Return what sources of one worker have together; it is made when it is first needed."""

@@ -41,7 +41,7 @@ def resolve(
         if kind == "env":
             return Secret(_variable(name, environment))
         if kind == "file":
-            return Secret(_file(name, open_to_others))
+            return Secret(read_file(name, open_to_others=open_to_others))
         if kind in ("vault", "aws", "login"):
             assert elsewhere is not None, "what names such a place was configured with one"
             return elsewhere(reference)
@@ -57,7 +57,13 @@ def _variable(name: str, environment: Mapping[str, str]) -> str:
     return environment[name].strip()
 
 
-def _file(name: str, open_to_others: bool) -> str:
+def read_file(name: str, *, open_to_others: bool = False) -> str:
+    """
+    Return what a file holds that is our owner's alone.
+
+    Raises:
+        ConfigError: It is not there, or others can read it.
+    """
     path = os.path.expanduser(name) if name.startswith("~/") else name
     try:
         with open(path, "rb") as file:
