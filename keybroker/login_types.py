@@ -9,6 +9,7 @@ from keybroker.credential import Reference
 from keybroker.fields import (
     COUNT,
     DURATION,
+    GATEWAY,
     GITHUB,
     LOCAL_REFERENCE,
     PATH,
@@ -104,6 +105,27 @@ LOGINS: dict[str, dict[str, Field]] = {
             REDIRECT,
             "The redirect address that the client has there, without its port.",
             default="http://127.0.0.1/callback",
+        ),
+    },
+    "gateway": {
+        **COMMON,
+        "url": Field(
+            URL,
+            "The gateway, as /login of Claude Code takes it: with /claude_code_gateway at LiteLLM, "
+            "with /claude-code at Bifrost.",
+            required=True,
+            example=GATEWAY,
+        ),
+        "client_id": Field(TEXT, "As which client; the gateways named here want none."),
+    },
+    "litellm": {
+        **COMMON,
+        **BROWSER,
+        "url": Field(URL, "The proxy.", required=True, example=GATEWAY),
+        "team": Field(
+            TEXT,
+            "Of somebody in several teams who signs in with a code: the one that it is for, by id "
+            "or name. In a browser it is chosen on the page.",
         ),
     },
     "workload": {

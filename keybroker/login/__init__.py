@@ -22,6 +22,14 @@ MARGIN = timedelta(seconds=60)  # of a token's end that is not used: for the cal
 
 def provider_of(sign_in: SignIn, environment: Mapping[str, str]) -> Provider:
     """Return who signs in by a table. Its library is imported here and not before."""
+    if sign_in.type == "gateway":
+        from keybroker.login.gateway import Gateway
+
+        return Gateway(sign_in, environment)
+    if sign_in.type == "litellm":
+        from keybroker.login.litellm import LiteLLM
+
+        return LiteLLM(sign_in, environment)
     if sign_in.type == "workload":
         from keybroker.login.workload import Workload
 
@@ -157,6 +165,8 @@ def _good(tokens: Tokens, least: timedelta | None, *, fresh: bool) -> bool:
     since = at - standing.refreshed_at
     if standing.renewable and since < -BEHIND:
         return False  # the clock was set back: nobody knows how old it is
+    if tokens.left(at) <= 0:
+        return False
     if fresh:
         return not standing.renewable or since < APART
     if standing.access_ends is None:

@@ -5,10 +5,10 @@ See: RFC 6749 (tokens), RFC 7009 (revocation), RFC 8628 (devices).
 
 import os
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from oauthlib.oauth2 import DeviceClient, WebApplicationClient  # type: ignore[import-untyped]
 from oauthlib.oauth2.rfc6749.errors import (  # type: ignore[import-untyped]
@@ -21,9 +21,10 @@ from oauthlib.oauth2.rfc6749.parameters import (  # type: ignore[import-untyped]
 
 from keybroker.credential import Secret
 from keybroker.errors import KeybrokerError, SourceDenied, SourceInvalid, SourceUnavailable
-from keybroker.login.provider import SLOWER, plain, reason, said, seconds, word
+from keybroker.login.provider import SLOWER, Device, plain, reason, said, seconds, word
+from keybroker.login.tokens import Tokens
 from keybroker.sources.http import Http, Reply
-from keybroker.values import dataclass, field
+from keybroker.values import dataclass, field, replace
 
 # It refuses http:// even for the loopback address that a browser comes back to. Which addresses
 # may be without TLS is for `config` and `oidc` to say.
@@ -59,16 +60,18 @@ class Granted:
     values: Mapping[str, Any] = field(repr=False)
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceCode:
-    """What a device authorization endpoint answered; RFC 8628, section 3.2."""
+@dataclass(slots=True)
+class _Waiting:
+    """
+    A code that somebody is to type.
 
-    device_code: str = field(repr=False)
-    user_code: str
-    url: str
-    whole: str
-    interval: float
-    lasts: float
+    Attributes:
+        since: When it was last seen that they had not. Some gateways make the token as soon as
+            they have, not when it is asked for: it may be as old as this.
+    """
+
+    device_code: str
+    since: datetime
 
 
 class Client:
@@ -142,23 +145,38 @@ class Client:
         return self.ask(http, path, body)
 
     def device(
-        self, http: Http, path: str, scopes: tuple[str, ...] = (), **more: str
-    ) -> DeviceCode:
+        self,
+        start: tuple[Http, str],
+        token: tuple[Http, str],
+        made: Callable[[Granted], Tokens],
+        scopes: tuple[str, ...] = (),
+        **more: str,
+    ) -> Device:
         """
-        Ask for a code that a person types elsewhere.
+        Ask for a code that a person types elsewhere; RFC 8628, section 3.2.
+
+        Args:
+            start: The endpoint that gives one: where it is, and its path there.
+            token: The endpoint that gives a token for it.
+            made: Reads what that one gave.
 
         Raises:
-            Refused, SourceError: As `ask`.
+            SourceError: There is no code to be had.
         """
+        http, path = start
         form = {**({} if self._id is None else {"client_id": self._id}), **more}
         if scopes:
             form["scope"] = " ".join(scopes)
-        reply = self._post(
-            http, path, "&".join(f"{k}={quote(v, safe='')}" for k, v in form.items())
-        )
+        reply = self._post(http, path, urlencode(form))
         found = plain(reply.value)
         if reply.status != 200:
-            raise self._refusal(http, reply)
+            refused = self._refusal(http, reply)
+            if reply.status == 429:
+                problem = f"{self._who}: {http.host} asks to wait"
+                raise SourceUnavailable(problem, hint="try again in a minute")
+            if isinstance(refused, Refused):
+                raise as_error(refused, self._who, http.host, "give a code", person=True)
+            raise refused
         code, typed = found.get("device_code"), found.get("user_code")
         url = found.get("verification_uri") or found.get("verification_url")
         lasts = seconds(found.get("expires_in"))
@@ -166,36 +184,41 @@ class Client:
             raise SourceInvalid(f"{self._who}: {http.host} gave no device code")
         whole = found.get("verification_uri_complete")
         interval = seconds(found.get("interval"))
-        return DeviceCode(
-            str(code),
-            said(typed),
+        waiting = _Waiting(str(code), reply.asked_at)
+        return Device(
             str(url),
-            whole if isinstance(whole, str) else "",
+            said(typed),
             5.0 if interval is None else interval.total_seconds(),
             lasts.total_seconds(),
+            lambda pace: self._poll(token, waiting, pace, made),
+            whole if isinstance(whole, str) else "",
         )
 
-    def poll(self, http: Http, path: str, code: str, interval: float) -> Granted | float:
-        """
-        Ask whether a person has typed the code; return the seconds to wait where they have not.
-
-        Raises:
-            Refused: They refused, or the code has ended.
-            SourceError: As `ask`.
-        """
+    def _poll(
+        self,
+        token: tuple[Http, str],
+        waiting: _Waiting,
+        interval: float,
+        made: Callable[[Granted], Tokens],
+    ) -> Tokens | float:
+        """Ask whether a person has typed the code; return the seconds to wait if not."""
+        http, path = token
         body = DeviceClient(self._id).prepare_request_body(
-            code, include_client_id=self._id is not None
+            waiting.device_code, include_client_id=self._id is not None
         )
+        asked_at = datetime.now(UTC)
         try:
-            return self.ask(http, path, body)
+            granted = self.ask(http, path, body)
         except Refused as refused:
             if refused.error == "authorization_pending":
+                waiting.since = asked_at
                 return interval
             if refused.error == "slow_down":
                 return interval + SLOWER
-            raise
+            raise as_error(refused, self._who, http.host, "sign in", person=True) from None
         except SourceUnavailable:  # RFC 8628, section 3.5: a time-out is no answer, ask later
             return min(60.0, 2 * interval)
+        return made(replace(granted, asked_at=waiting.since))
 
     def grant(
         self, http: Http, path: str, grant: str, scopes: tuple[str, ...] = (), **more: str
@@ -289,6 +312,21 @@ class Client:
                 pair = f"{quote(self._id, safe='')}:{quote(self._secret.reveal(), safe='')}"
                 headers["authorization"] = f"Basic {b64encode(pair.encode()).decode()}"
         return http.call("POST", path, headers=headers, form=body)
+
+
+def code_of(answer: Mapping[str, str], who: str, host: str) -> str:
+    """
+    Return the code that a browser came back with.
+
+    Raises:
+        KeybrokerError: The answer says no, or nothing.
+    """
+    if "error" in answer:
+        refused = Refused(word(answer["error"]), reason(answer.get("error_description")), 0)
+        raise as_error(refused, who, host, "sign in", person=True)
+    if not answer.get("code"):
+        raise SourceInvalid(f"{who}: the answer has no code in it")
+    return answer["code"]
 
 
 def as_error(

@@ -17,7 +17,7 @@ from joserfc.jwk import KeySet
 
 from keybroker.credential import Secret
 from keybroker.errors import SourceError, SourceInvalid
-from keybroker.login.oauth import Client, Granted, Refused, as_error
+from keybroker.login.oauth import Client, Granted, Refused, as_error, code_of
 from keybroker.login.provider import (
     BROWSER,
     DEVICE,
@@ -26,11 +26,9 @@ from keybroker.login.provider import (
     HalfRenewedError,
     Visit,
     plain,
-    reason,
     said,
     seconds,
     unguessable,
-    word,
 )
 from keybroker.login.tokens import Tokens
 from keybroker.signin import SignIn
@@ -87,11 +85,11 @@ class Oidc(Base):
         )
 
         def redeem(answer: Mapping[str, str]) -> Tokens:
-            self._check_answer(answer)
+            code = self._answered(answer)
             http, path = self._at("token_endpoint")
             try:
                 granted = self._client().redeem(
-                    http, path, answer["code"], redirect, verifier, **self._resource()
+                    http, path, code, redirect, verifier, **self._resource()
                 )
             except Refused as refused:
                 raise as_error(refused, self._who, http.host, "sign in", person=True) from None
@@ -101,22 +99,13 @@ class Oidc(Base):
 
     def device(self) -> Device:
         """Begin a sign-in by device code; see `Provider`."""
-        http, path = self._at("device_authorization_endpoint")
-        client = self._client()
-        try:
-            code = client.device(http, path, self._settings["scopes"], **self._wishes())
-        except Refused as refused:
-            raise as_error(refused, self._who, http.host, "give a code", person=True) from None
-        token, token_path = self._at("token_endpoint")
-
-        def poll(interval: float) -> Tokens | float:
-            try:
-                found = client.poll(token, token_path, code.device_code, interval)
-            except Refused as refused:
-                raise as_error(refused, self._who, token.host, "sign in", person=True) from None
-            return found if isinstance(found, float) else self._tokens(found, None)
-
-        return Device(code.url, code.user_code, code.interval, code.lasts, poll, code.whole)
+        return self._client().device(
+            self._at("device_authorization_endpoint"),
+            self._at("token_endpoint"),
+            lambda granted: self._tokens(granted, None),
+            self._settings["scopes"],
+            **self._wishes(),
+        )
 
     def refresh(self, tokens: Tokens) -> Tokens:
         """Have a new token; see `Provider`."""
@@ -244,19 +233,13 @@ class Oidc(Base):
             hint="see issuer and client_id; is this machine's clock right?",
         )
 
-    def _check_answer(self, answer: Mapping[str, str]) -> None:
-        """Refuse an answer that is another provider's, or says no."""
+    def _answered(self, answer: Mapping[str, str]) -> str:
+        """Return an answer's code; refuse one that is another provider's, or says no."""
         known = self._described()
         supported = known.get("authorization_response_iss_parameter_supported") is True
         if answer.get("iss", known["issuer"] if not supported else "") != known["issuer"]:
             raise SourceInvalid(f"{self._who}: the answer is of another provider")
-        if "error" in answer:
-            about = reason(answer.get("error_description"))
-            refused = Refused(word(answer["error"]), about, 0)
-            host = urlsplit(self._issuer).netloc
-            raise as_error(refused, self._who, host, "sign in", person=True)
-        if not answer.get("code"):
-            raise SourceInvalid(f"{self._who}: the answer has no code in it")
+        return code_of(answer, self._who, urlsplit(self._issuer).netloc)
 
     # the provider
 

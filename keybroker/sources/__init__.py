@@ -160,7 +160,7 @@ def build(profile: Profile, environment: Mapping[str, str], held: Held | None = 
     if profile.type == "litellm":
         from keybroker.sources.litellm import LiteLLM
 
-        return LiteLLM.of(profile, environment, reader)
+        return LiteLLM.of(profile, environment, reader, _renewer(profile.issuer, environment, held))
     from keybroker.sources.static import Static
 
     return Static(profile, environment, reader)
@@ -182,7 +182,7 @@ def revoker(
         from keybroker.sources.litellm import LiteLLM
 
         reader = _reader(issuer, environment, held, seconds, ends=True)
-        return LiteLLM.by(issuer, environment, seconds, reader)
+        return LiteLLM.by(issuer, environment, seconds, reader, _renewer(issuer, environment, held))
     raise SourceInvalid(f"{issuer.type}: this keybroker cannot revoke what it issued")
 
 
@@ -215,6 +215,18 @@ def _reader(
         account = accounts.read_text(issuer.aws)
         return lambda reference: read_aws_reference(reference, account, held)
     return None
+
+
+def _renewer(
+    issuer: Issuer, environment: Mapping[str, str], held: Held
+) -> Callable[[], Secret] | None:
+    """Return what has a login's token renewed that was refused; None where none is presented."""
+    admin = issuer.admin
+    if admin is None or admin.kind != "login":
+        return None
+    from keybroker.sources.signed_in import read_reference
+
+    return lambda: read_reference(admin, environment, held, fresh=True)
 
 
 def read_together(profiles: Sequence[Profile], held: Held) -> None:

@@ -6,13 +6,19 @@ a running proxy (1.106): a 500 can be final (duration, licence), a 401 can mean 
 
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from keybroker.config import Profile
 from keybroker.credential import Credential, Issuer, Lease, Look, Secret, Verdict, sha256
-from keybroker.errors import SourceDenied, SourceError, SourceInvalid, SourceUnavailable
+from keybroker.errors import (
+    LoginNeeded,
+    SourceDenied,
+    SourceError,
+    SourceInvalid,
+    SourceUnavailable,
+)
 from keybroker.journal import read_time
 from keybroker.rotation import Kind
 from keybroker.sources import Capabilities, reference
@@ -32,6 +38,8 @@ PAGE = 100
 MOST_PAGES = 100
 NO_KEYS = re.compile(r"no keys found|key not found", re.I)
 FINAL_500 = re.compile(r"invalid duration|enterprise feature", re.I)
+NO_RIGHT = re.compile(r"only proxy admin|does not have permissions|not in your team", re.I)
+ROLES = ("internal_user_viewer", "proxy_admin_viewer")  # who may look, and make nothing
 
 
 class LiteLLM:
@@ -49,11 +57,13 @@ class LiteLLM:
         profile: Profile | None = None,
         seconds: float = 8.0,
         vault: reference.Reader | None = None,
+        anew: Callable[[], Secret] | None = None,
     ) -> None:
         self._issuer = issuer
         self._environment = environment
         self._profile = profile
         self._vault = vault
+        self._anew = anew
         self._http = Http("litellm", issuer.url, ca=issuer.ca, seconds=seconds)
         self._gateway = Gateway.of(profile, self._info) if profile is not None else None
 
@@ -63,9 +73,17 @@ class LiteLLM:
         profile: Profile,
         environment: Mapping[str, str],
         vault: reference.Reader | None = None,
+        anew: Callable[[], Secret] | None = None,
     ) -> "LiteLLM":
+        """
+        Return the source of a profile.
+
+        Args:
+            vault: Reads a reference that leads elsewhere.
+            anew: Has the token of a login renewed though it seemed to be good; None: it is a key.
+        """
         seconds = profile.source["timeout"].total_seconds()
-        return cls(profile.issuer, environment, profile, seconds, vault)
+        return cls(profile.issuer, environment, profile, seconds, vault, anew)
 
     @classmethod
     def by(
@@ -74,9 +92,10 @@ class LiteLLM:
         environment: Mapping[str, str],
         seconds: float = 8.0,
         vault: reference.Reader | None = None,
+        anew: Callable[[], Secret] | None = None,
     ) -> "LiteLLM":
         """Return one that can find and revoke, from the journal's record alone."""
-        return cls(issuer, environment, seconds=seconds, vault=vault)
+        return cls(issuer, environment, seconds=seconds, vault=vault, anew=anew)
 
     def issue(self, label: str) -> Credential:
         """Mint a key. It is asked for once: after a time-out the label is looked up instead."""
@@ -203,9 +222,18 @@ class LiteLLM:
         body: Mapping[str, Any] | None = None,
     ) -> Reply:
         assert self._issuer.admin is not None
+
+        def ask(token: Secret) -> Reply:
+            headers = {"authorization": f"Bearer {token.reveal()}"}
+            return self._http.call(method, path, query=query, headers=headers, body=body)
+
         admin = reference.resolve(self._issuer.admin, self._environment, self._vault)
-        headers = {"authorization": f"Bearer {admin.reveal()}"}
-        return self._http.call(method, path, query=query, headers=headers, body=body)
+        reply = ask(admin)
+        if reply.status == 401 and self._anew is not None and not NO_RIGHT.search(_message(reply)):
+            newer = self._anew()  # nothing was done yet
+            if newer.fingerprint != admin.fingerprint:
+                reply = ask(newer)
+        return reply
 
     def _check(self, reply: Reply, doing: str, *, mints: bool = False) -> None:
         """Raise what an error answer means. A 5xx after a mint may have been committed."""
@@ -213,6 +241,8 @@ class LiteLLM:
         who = f"litellm: {self._http.host}"
         if status == 200:
             return
+        if status in (401, 403) and self._anew is not None:
+            raise self._denied_to_a_person(status, message, doing)
         if status in (401, 403):
             if "only proxy admin" in message.lower() or status == 403:
                 raise SourceDenied(
@@ -245,6 +275,34 @@ class LiteLLM:
             retry_after=reply.retry_after,
             unknown=mints,
             over=over,
+        )
+
+    def _denied_to_a_person(self, status: int, message: str, doing: str) -> SourceDenied:
+        """Return what somebody has to do who signed in, or an administrator for them."""
+        who, name = f"litellm: {self._http.host}", str(self._issuer.admin).partition(":")[2]
+        if "only proxy admin" in message.lower():
+            role = next((one for one in ROLES if f"role={one}" in message), "too small for it")
+            return SourceDenied(
+                f"{who} does not let you {doing}: your role there is {role} ({status})",
+                hint="an administrator makes you internal_user; for all who come, with "
+                "default_internal_user_params: {user_role: internal_user}",
+            )
+        if "create keys for themselves" in message:
+            return SourceDenied(
+                f"{who} lets you {doing} for yourself alone ({status})",
+                hint="take out source.user_id",
+            )
+        if NO_RIGHT.search(message):
+            return SourceDenied(
+                f"{who} does not let you {doing} for this team ({status})",
+                hint="take out source.team_id, or an administrator lets the team's members do it: "
+                "/key/generate and /key/delete",
+            )
+        if status == 403:
+            return SourceDenied(f"{who} does not let you {doing} ({status})")
+        return LoginNeeded(
+            f"login {name}: {self._http.host} does not take its token any more ({status})",
+            hint=f"run: keybroker login {name}",
         )
 
 

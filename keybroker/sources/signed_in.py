@@ -53,13 +53,24 @@ class SignedIn(Followed):
 
 
 def read_reference(
-    reference: Reference, environment: Mapping[str, str], held: Held, *, ends: bool = False
+    reference: Reference,
+    environment: Mapping[str, str],
+    held: Held,
+    *,
+    ends: bool = False,
+    fresh: bool = False,
 ) -> Secret:
     """
     Return the token of a login, to ask something else with.
 
+    Args:
+        ends: It is to end what was made with it.
+        fresh: It was refused: have another, if there is one to be had.
+
     Raises:
-        LoginNeeded, CacheError, SourceError, ConfigError: As `login.usable`.
+        LoginNeeded, CacheError, SourceError, ConfigError: As `login.usable`, `login.current`.
     """
     sign_in = read_text(str(reference.value))
+    if fresh:
+        return login.current(sign_in, environment, held.sign_ins, fresh=True).access
     return login.usable(sign_in, environment, held.sign_ins, least=LEAST, ends=ends).access

@@ -33,9 +33,9 @@ NAMES = ("login", "username", "email")
 class Page:
     """Where a walk ended."""
 
-    url: str
+    url: str = field(repr=False)
     status: int
-    text: str
+    text: str = field(repr=False)
 
 
 @dataclass(slots=True)

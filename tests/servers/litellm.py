@@ -58,11 +58,21 @@ class LiteLLM:
 
     Args:
         general_settings: Added to the proxy's settings of this name.
+        role: Of people who sign in for the first time; None: the proxy's own default.
+        environment: Added to the proxy's, such as where people sign in.
     """
 
-    def __init__(self, general_settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        general_settings: Mapping[str, Any] | None = None,
+        *,
+        role: str | None = "internal_user",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.master_key = f"sk-{secrets.token_urlsafe(24)}"
         self._general_settings = dict(general_settings or {})
+        self._role = role
+        self._environment = dict(environment or {})
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -102,6 +112,7 @@ class LiteLLM:
             "PROXY_BASE_URL": self.url,
             "NO_PROXY": "127.0.0.1,localhost",
             "HTTPS_PROXY": "http://127.0.0.1:9",  # nobody: nothing may leave this machine
+            **self._environment,
         }
         words = ["--config", str(config), "--host", "127.0.0.1", "--port", str(self._port)]
         return Child([str(program), *words], log=work / "litellm.log", environment=environment)
@@ -120,7 +131,11 @@ class LiteLLM:
             "general_settings": {"master_key": self.master_key, **self._general_settings},
             "litellm_settings": {
                 "telemetry": False,
-                "default_internal_user_params": {"user_role": "internal_user"},
+                **(
+                    {"default_internal_user_params": {"user_role": self._role}}
+                    if self._role
+                    else {}
+                ),
             },
         }
 

@@ -10,8 +10,11 @@ const key = { ...(await exportJWK(privateKey)), use: 'sig', alg: 'RS256', kid: `
 
 const DEVICE = 'urn:ietf:params:oauth:grant-type:device_code';
 const RS256 = { sign: { alg: 'RS256' } };
-// What a client may say of itself beside what is usual, in seconds.
-const OWN = ['access_seconds', 'id_seconds', 'refresh_seconds', 'device_seconds', 'poll_seconds'];
+// What a client may say of itself beside what is usual: seconds, and that it is a gateway, which
+// gets a refresh token though it asks for no consent.
+const OWN = [
+  'access_seconds', 'id_seconds', 'refresh_seconds', 'device_seconds', 'poll_seconds', 'gateway',
+];
 const own = (name, otherwise) => (_context, _token, client) => client?.[name] ?? otherwise;
 const accessSeconds = own('access_seconds', Number(SECONDS));
 
@@ -54,6 +57,9 @@ const provider = new Provider(ISSUER, {
   }),
   pkce: { required: (_context, client) => client.applicationType === 'native' },
   rotateRefreshToken: true, // one that comes a second time ends all that came of the first
+  issueRefreshToken: (_context, client, code) =>
+    client.grantTypeAllowed('refresh_token') &&
+    (client.gateway || code.scopes.has('offline_access')),
   expiresWithSession: () => false,
   ttl: {
     AccessToken: (context, token, client) =>

@@ -150,8 +150,9 @@ class Oidc:
             redirects: Its redirect addresses; none: what `self.public` has.
             public: It is one without a secret.
             metadata: Of OpenID's registration, beside `access_seconds`, `id_seconds`,
-                `refresh_seconds`, `device_seconds` (how long each lives) and `poll_seconds`
-                (between two asks for a device code).
+                `refresh_seconds`, `device_seconds` (how long each lives), `poll_seconds`
+                (between two asks for a device code) and `gateway` (it gets refresh tokens though
+                it asks for no consent).
 
         See: OpenID Connect Dynamic Client Registration 1.0, section 2.
         """

@@ -34,8 +34,8 @@ class Upstream(LoopbackServer):
         request_id: What it calls every request.
     """
 
-    def __init__(self, handler: type[Handler] | None = None) -> None:
-        super().__init__(handler or UpstreamHandler)
+    def __init__(self, handler: type[Handler] | None = None, host: str = "127.0.0.1") -> None:
+        super().__init__(handler or UpstreamHandler, host)
         self.refuses: tuple[Refusal, ...] = ()
         self.message_id = "msg_test"
         self.request_id = "req_test"

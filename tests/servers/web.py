@@ -40,7 +40,7 @@ class Handler(BaseHTTPRequestHandler):
 
 class LoopbackServer(ThreadingHTTPServer):
     """
-    A server on a loopback port of the kernel's choice, as a context.
+    A server on a port of the kernel's choice, as a context: on loopback, or on `host`.
 
     Leaving the context ends its connections and waits for its threads.
     """
@@ -48,8 +48,8 @@ class LoopbackServer(ThreadingHTTPServer):
     daemon_threads = False
     request_queue_size = 128
 
-    def __init__(self, handler: type[Handler]) -> None:
-        super().__init__(("127.0.0.1", 0), handler)
+    def __init__(self, handler: type[Handler], host: str = "127.0.0.1") -> None:
+        super().__init__((host, 0), handler)
         self._connections: set[socket.socket] = set()
         self._guard = Lock()
         self._thread = Thread(target=self.serve_forever, args=(0.05,), name=handler.__name__)
@@ -62,7 +62,7 @@ class LoopbackServer(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         """Its address."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.server_address[0]!s}:{self.port}"
 
     def __enter__(self) -> Self:
         self._thread.start()
