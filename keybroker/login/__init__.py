@@ -73,6 +73,7 @@ def current(
             if tokens.left(now()) > 0:
                 return tokens
             raise needed(sign_in, "the sign-in has ended")
+        store.save(tokens)  # where nothing can be written, the old one is not to be used up
         provider = provider_of(sign_in, environment)
         provider.together()
         try:
