@@ -506,10 +506,13 @@ def parse(
     claude = _dict(shared, "claude", where, ("defaults",))
     read_table_of(claude, CLAUDE, ("defaults", "claude"), where)
     read_table_of({k: v for k, v in shared.items() if k != "claude"}, known, ("defaults",), where)
-    logins = {
-        name: read_login(name, _dict({name: entry}, name, where, ("logins",)), where)
-        for name, entry in _dict(tables, "logins", where).items()
-    }
+    logins = {}
+    for name, entry in _dict(tables, "logins", where).items():
+        raw = _dict({name: entry}, name, where, ("logins",))
+        if raw.get("type") == "vault":
+            place = {k: v for k, v in _dict(tables, "vault", where).items() if k in PLACE}
+            raw = _located(raw, place, environment)
+        logins[name] = read_login(name, raw, where)
     vault = expanded(_dict(tables, "vault", where), logins, ("vault",), where)
     for name in vault:
         if name not in (*PLACE, "auth"):
@@ -546,6 +549,14 @@ def parse(
     return Config(profiles, default, cache["key"], files, logins)
 
 
+def _located(
+    given: Mapping[str, Any], vault: Mapping[str, Any], environment: Mapping[str, str]
+) -> dict[str, Any]:
+    """Say which Vault is meant: what is meant for one server is not taken to another."""
+    whole = given if "address" in given else {**vault, **given}
+    return with_variables(whole, environment)
+
+
 def _with_vault(
     name: str,
     raw: dict[str, Any],
@@ -561,9 +572,7 @@ def _with_vault(
         if given.get(key) == "vault":
             if not vault and "auth" not in given:
                 raise where.error(("profiles", name, table), NO_VAULT)
-            # what is meant for one server is not taken to another
-            whole = given if "address" in given else {**vault, **given}
-            raw = {**raw, table: with_variables(whole, environment)}
+            raw = {**raw, table: _located(given, vault, environment)}
         elif _refers(given, "vault"):
             if not vault:
                 raise where.error(("profiles", name, table), NO_VAULT)

@@ -12,6 +12,7 @@ from keybroker.fields import (
     GATEWAY,
     GITHUB,
     LOCAL_REFERENCE,
+    MOUNT,
     PATH,
     TABLE,
     TEXT,
@@ -23,6 +24,7 @@ from keybroker.fields import (
     read_local_reference,
     read_table,
 )
+from keybroker.vault import PLACE
 
 NONE, CLIENT, BEARER, EXCHANGE = "none", "client_credentials", "jwt_bearer", "token_exchange"
 # What a sign-in's address has of ours: none of it is a wish.
@@ -155,6 +157,18 @@ LOGINS: dict[str, dict[str, Field]] = {
         "scopes": Field(TEXTS, "What is asked for.", default=()),
         "resource": Field(TEXT, "Whom the token is for (RFC 8707)."),
         "audience": Field(TEXT, "The same in the words of others, and of RFC 8693."),
+    },
+    "vault": {
+        **COMMON,
+        **PLACE,
+        "mount": Field(MOUNT, "Where the oidc method is mounted.", default="oidc"),
+        "role": Field(TEXT, "The role; the method's default one when absent."),
+        "port": Field(
+            COUNT,
+            "Where the browser comes back to, on localhost: as the role's allowed_redirect_uris "
+            "have it.",
+            default=8250,
+        ),
     },
 }
 

@@ -16,6 +16,7 @@ from keybroker.document import Where
 from keybroker.errors import ConfigError
 from keybroker.fields import GITHUB, NAME, read_table_of, unknown
 from keybroker.values import dataclass, field
+from keybroker.vault import check_place
 
 FOLDER = "logins"  # in the state directory
 VERSION = 1  # of a file in it
@@ -101,6 +102,8 @@ def read_login(
     settings = read_table_of(rest, login_types.LOGINS[kind], path, where)
     for key, problem in login_types.contradictions(kind, settings):
         raise where.error((*path, key), problem)
+    if kind == "vault":
+        check_place(settings, path, where)
     return SignIn(name, kind, settings, raw)
 
 
@@ -124,7 +127,7 @@ def expanded(value: Any, logins: Mapping[str, SignIn], path: tuple[str, ...], wh
     Put the tables of logins in the place of their names, wherever a table names one.
 
     Raises:
-        ConfigError: There is no login of that name.
+        ConfigError: There is no login of that name, or it is of no use there.
     """
     if not isinstance(value, dict):
         return value
@@ -136,10 +139,21 @@ def expanded(value: Any, logins: Mapping[str, SignIn], path: tuple[str, ...], wh
             if one not in logins:
                 known = ", ".join(logins) or "there is no [logins.NAME] table"
                 raise where.error((*path, key), f"no login has this name; {known}")
+            if problem := _unfit(logins[one].type, path[-1]):
+                raise where.error((*path, key), problem)
             found[key] = logins[one].text
         else:
             found[key] = expanded(one, logins, (*path, key), where)
     return found
+
+
+def _unfit(kind: str, place: str) -> str:
+    """Say why a type of login is of no use in a table; nothing where it is."""
+    if kind == "vault" and place != "token":
+        return 'a login of type vault is for [vault.auth]: method = "token"'
+    if kind != "vault" and place == "token":
+        return 'expected a login of type vault; the token of another is for method = "jwt"'
+    return ""
 
 
 def needed_by(issuer: Issuer) -> Iterator[SignIn]:

@@ -151,9 +151,7 @@ def read_vault(raw: Mapping[str, Any], path: tuple[str, ...], where: Where) -> V
     """
     mine = {name: value for name, value in raw.items() if name in (*PLACE, "auth")}
     values = read_table_of({k: v for k, v in mine.items() if k != "auth"}, PLACE, path, where)
-    if values["address"] is None:
-        problem = "has no address of a Vault: set address in [vault], or the variable VAULT_ADDR"
-        raise where.error(path, problem)
+    check_place(values, path, where)
     auth = mine.get("auth")
     if not isinstance(auth, dict):
         problem = "has no auth table that says how to log in to Vault; see docs/vault.md"
@@ -163,13 +161,25 @@ def read_vault(raw: Mapping[str, Any], path: tuple[str, ...], where: Where) -> V
         raise where.error((*path, "auth", "method"), f"expected one of {', '.join(AUTH)}")
     rest = {name: value for name, value in auth.items() if name != "method"}
     settings = read_table_of(rest, AUTH[method], (*path, "auth"), where)
-    if (values["client_cert"] is None) != (values["client_key"] is None):
-        raise where.error(path, "client_cert and client_key belong together")
     if method == "cert" and values["client_cert"] is None:
         raise where.error((*path, "auth", "method"), "cert needs client_cert and client_key")
     if method == "approle" and settings["wrapped_by"] and settings["secret_id"] is None:
         raise where.error((*path, "auth", "wrapped_by"), "there is no secret_id to unwrap")
     return Vault(**values, method=method, auth=settings, raw=mine)
+
+
+def check_place(values: Mapping[str, Any], path: tuple[str, ...], where: Where) -> None:
+    """
+    Refuse a server that cannot be asked.
+
+    Raises:
+        ConfigError: It has no address, or half of what our certificate is.
+    """
+    if values["address"] is None:
+        problem = "has no address of a Vault: set address in [vault], or the variable VAULT_ADDR"
+        raise where.error(path, problem)
+    if (values["client_cert"] is None) != (values["client_key"] is None):
+        raise where.error(path, "client_cert and client_key belong together")
 
 
 def read_text(text: str) -> Vault:

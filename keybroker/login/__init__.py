@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 
+from keybroker.credential import Secret
 from keybroker.errors import CacheError, CacheUnreadable, LoginNeeded, SourceError
 from keybroker.login.provider import HalfRenewedError, Provider, needed, now
 from keybroker.login.tokens import Store, Tokens
@@ -34,6 +35,10 @@ def provider_of(sign_in: SignIn, environment: Mapping[str, str]) -> Provider:
         from keybroker.login.workload import Workload
 
         return Workload(sign_in, environment)
+    if sign_in.type == "vault":
+        from keybroker.login.vault import VaultLogin
+
+        return VaultLogin(sign_in, environment)
     from keybroker.login.oidc import Oidc
 
     return Oidc(sign_in, environment)
@@ -128,8 +133,11 @@ def usable(
         tokens = _opened(sign_in, store)
         if tokens is None or tokens.left(now()) <= 0:
             raise
-        if tokens.standing.ended == SIGNED_OUT and not ends:
+        ended = tokens.standing.ended
+        if ended == SIGNED_OUT and not ends:
             raise
+        if ended not in ("", SIGNED_OUT) and tokens.access == tokens.refresh:
+            raise  # it is the token itself that ended
         return tokens
 
 
@@ -175,6 +183,16 @@ def _good(tokens: Tokens, least: timedelta | None, *, fresh: bool) -> bool:
     life = standing.access_ends - standing.refreshed_at
     enough = life / 3 if least is None else min(least, life / 3)
     return standing.access_ends - at > enough
+
+
+def over(sign_in: SignIn, store: Store, token: Secret, why: str) -> None:
+    """Take note that a token is no more, by the word of who was asked with it."""
+    with store.alone(sign_in.name):
+        tokens = _opened(sign_in, store)
+        if tokens is None or tokens.access != token or tokens.standing.ended:
+            return
+        if tokens.refresh is not None:  # else it may be that the token cannot be looked at
+            store.save(tokens.ended(why))
 
 
 def leave(sign_in: SignIn, store: Store) -> None:

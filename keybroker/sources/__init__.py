@@ -208,7 +208,9 @@ def _reader(
         from keybroker.sources.vault.place import read_reference
 
         vault = read_text(issuer.vault)
-        return lambda reference: read_reference(reference, vault, environment, held, seconds / 3)
+        return lambda reference: read_reference(
+            reference, vault, environment, held, seconds / 3, ends=ends
+        )
     if issuer.aws:
         from keybroker.sources.aws.source import read_reference as read_aws_reference
 

@@ -7,23 +7,26 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from keybroker import login
 from keybroker.credential import Reference, Secret, Session, fingerprint
 from keybroker.errors import (
     CLASSES,
     CacheError,
     ConfigError,
     KeybrokerError,
+    LoginNeeded,
     SourceDenied,
     SourceError,
     SourceInvalid,
     SourceUnavailable,
 )
+from keybroker.signin import SignIn
 from keybroker.sources.held import Held
 from keybroker.sources.http import Reply
 from keybroker.sources.signed_in import read_reference
 from keybroker.sources.vault import methods
-from keybroker.sources.vault.refusals import ended, refusal
-from keybroker.sources.vault.server import Call, Server, part, said, seconds
+from keybroker.sources.vault.refusals import ended, refusal, signed_in
+from keybroker.sources.vault.server import Call, Server, part, renewed, said, seconds
 from keybroker.values import replace
 from keybroker.vault import PASSWORDS, Vault
 
@@ -32,7 +35,6 @@ LONGEST_BACKOFF = timedelta(minutes=5)
 LONGEST_REST = timedelta(hours=1)  # a server's own wish included
 NEVER = timedelta(days=3650)
 MOST_REFUSALS = 2  # of a password; a few more lock the user
-CLEARLY_LESS = 0.9  # of what a renewal asked for: there is a maximum behind it
 LEAST_MARGIN = timedelta(seconds=1)
 CLEARED: dict[str, Any] = {"failures": 0, "refusals": 0, "not_before": None, "trouble": None}
 
@@ -41,13 +43,23 @@ class Login:
     """
     Makes calls with a session: one that is held, renewed, or begun anew.
 
+    Args:
+        ends: They are to end what was made, which may be done while signing out as well.
+
     Attributes:
         used: What the last call was made with.
     """
 
     def __init__(
-        self, vault: Vault, server: Server, environment: Mapping[str, str], held: Held
+        self,
+        vault: Vault,
+        server: Server,
+        environment: Mapping[str, str],
+        held: Held,
+        *,
+        ends: bool = False,
     ) -> None:
+        self._ends = ends
         self._vault = vault
         self._server = server
         self._environment = environment
@@ -97,6 +109,10 @@ class Login:
             if self._vault.method == "token":  # the same one is all that there is
                 error = ended(self._vault, self._server.host)
                 self._fail(replace(session, secret=None), error)
+                if (sign_in := signed_in(self._vault)) is not None and session.secret is not None:
+                    login.over(
+                        sign_in, self._held.sign_ins, session.secret, "Vault has ended the token"
+                    )
                 raise error
             # Where the policy does not let a token look at itself, a new one says as little: it
             # is given a rest, so that not every call begins with a login.
@@ -138,13 +154,15 @@ class Login:
         return session
 
     def _is_replaced(self, session: Session) -> bool:
-        """Tell whether somebody put another token in the place that ours is from."""
+        """Tell whether somebody put another token in the place that ours is from, or took it."""
         if self._vault.method != "token":
             return False
         if self._vault.auth["token"].kind not in ("file", "login"):
             return False
         try:
             return self._mark(self._material()) != session.material
+        except LoginNeeded:
+            return True
         except (ConfigError, CacheError, SourceError):  # it is being replaced; ours is alive
             return False
 
@@ -152,7 +170,9 @@ class Login:
         return methods.gather(
             self._vault,
             self._environment,
-            lambda reference: read_reference(reference, self._environment, self._held),
+            lambda reference: read_reference(
+                reference, self._environment, self._held, ends=self._ends
+            ),
         )
 
     def _mark(self, material: methods.Material) -> str:
@@ -178,7 +198,12 @@ class Login:
 
     def _enter(self, session: Session) -> Session:
         """Log in, unless that failed a while ago with the same material."""
-        material = self._material()
+        try:
+            material = self._material()
+        except LoginNeeded:
+            if session.secret is not None:
+                self._held.put(replace(session, secret=None))
+            raise
         mark = self._mark(material)
         if session.material != mark:
             session = replace(session, kept=None, material=mark, **CLEARED)
@@ -302,6 +327,8 @@ class Login:
 
     def _renew(self, session: Session) -> Session:
         """Renew a token; it is returned as it was where that failed, without secret if dead."""
+        if (sign_in := signed_in(self._vault)) is not None:
+            return self._renew_signed_in(session, sign_in)
         asked = span(session)
         wish = f"{max(1, round(asked.total_seconds()))}s"
         try:
@@ -311,27 +338,40 @@ class Login:
             if reply.status in (401, 403) and not self._lives(session):
                 return replace(session, secret=None)
         except SourceUnavailable as error:
-            wait = _backoff(session.failures + 1, error)
-            return self._held.put(
-                replace(
-                    session,
-                    failures=session.failures + 1,
-                    not_before=datetime.now(UTC) + wait,
-                )
-            )
-        auth = part(reply, "auth")
-        got = seconds(auth.get("lease_duration"))
-        if reply.status != 200 or got is None:  # not renewable, past its maximum, or not allowed
+            return self._put_off(session, error)
+        got, more = renewed(reply, asked)
+        if got is None:
             return self._held.put(replace(session, renewable=False))
+        ends, now = reply.asked_at + got, reply.asked_at
+        return self._held.put(
+            replace(session, expires_at=ends, renewed_at=now, renewable=more, **CLEARED)
+        )
+
+    def _renew_signed_in(self, session: Session, sign_in: SignIn) -> Session:
+        """Renew a token where the sign-in is kept, so that its end is known there too."""
+        try:
+            tokens = login.current(sign_in, self._environment, self._held.sign_ins, fresh=True)
+        except LoginNeeded:
+            return replace(session, secret=None)
+        except (SourceError, CacheError) as error:
+            return self._put_off(session, error)
+        if tokens.access != session.secret:
+            return replace(session, secret=None)
+        standing = tokens.standing
         return self._held.put(
             replace(
                 session,
-                expires_at=reply.asked_at + got,
-                renewed_at=reply.asked_at,
-                renewable=auth.get("renewable") is True and got >= CLEARLY_LESS * asked,
+                expires_at=standing.access_ends,
+                renewed_at=standing.refreshed_at,
+                renewable=standing.renewable,
                 **CLEARED,
             )
         )
+
+    def _put_off(self, session: Session, error: KeybrokerError) -> Session:
+        failures = session.failures + 1
+        rest = datetime.now(UTC) + _backoff(failures, error)
+        return self._held.put(replace(session, failures=failures, not_before=rest))
 
     def _lives(self, session: Session) -> bool:
         """Ask whether a token is alive: all 403 are alike but for this one."""
@@ -415,9 +455,10 @@ def is_old(session: Session, now: datetime) -> bool:
     return now >= session.issued_at + (session.expires_at - session.issued_at) / 2
 
 
-def _backoff(failures: int, error: SourceError) -> timedelta:
+def _backoff(failures: int, error: KeybrokerError) -> timedelta:
     wait = min(LONGEST_BACKOFF, SHORTEST_BACKOFF * float(2 ** min(failures - 1, 16)))
-    return max(wait, error.retry_after or wait)
+    wish = error.retry_after if isinstance(error, SourceError) else None
+    return max(wait, wish or wait)
 
 
 def _again(session: Session) -> KeybrokerError:

@@ -27,10 +27,16 @@ class Place:
     """One Vault, with a way in."""
 
     def __init__(
-        self, vault: Vault, environment: Mapping[str, str], held: Held, seconds: float
+        self,
+        vault: Vault,
+        environment: Mapping[str, str],
+        held: Held,
+        seconds: float,
+        *,
+        ends: bool = False,
     ) -> None:
         self.server = Server(vault, seconds)
-        self.login = Login(vault, self.server, environment, held)
+        self.login = Login(vault, self.server, environment, held, ends=ends)
         self.who = f"vault: {self.server.host}"
 
     def read(self, path: str, version: int | None = None) -> Reply:
@@ -142,16 +148,21 @@ def read_reference(
     environment: Mapping[str, str],
     held: Held,
     seconds: float = 8.0,
+    *,
+    ends: bool = False,
 ) -> Secret:
     """
     Read the secret that `path#field` names.
+
+    Args:
+        ends: It is to end what was made with it; see `Login`.
 
     Raises:
         SourceError: Vault could not be asked, forbids it, or has no such secret.
         ConfigError: What a login needs is not there.
     """
     path, _, field = str(reference.value).partition("#")
-    place = Place(vault, environment, held, seconds)
+    place = Place(vault, environment, held, seconds, ends=ends)
     try:
         reply = place.read(path)
         if lease := lease_id(reply):

@@ -3,13 +3,22 @@
 import re
 
 from keybroker.credential import Reference
-from keybroker.errors import SourceDenied, SourceError, SourceInvalid, SourceUnavailable
+from keybroker.errors import (
+    LoginNeeded,
+    SourceDenied,
+    SourceError,
+    SourceInvalid,
+    SourceUnavailable,
+)
+from keybroker.signin import SignIn, read_text
 from keybroker.sources.http import Reply
 from keybroker.sources.vault.server import said
 from keybroker.vault import Vault
 
 ANY = frozenset[str]()
-JWT = frozenset({"jwt", "kubernetes"})
+JWT = frozenset({"jwt", "kubernetes", "oidc"})
+OIDC = frozenset({"oidc"})
+UNREACHED = r"connection refused|no such host|timed? ?out|\beof\b"  # in Go's words
 # By method and by what Vault says: the class, our words, the hint. The first that fits counts.
 # Some are about somebody else who is down: those pass.
 ROWS: tuple[tuple[frozenset[str], str, type[SourceError], str, str], ...] = (
@@ -49,8 +58,29 @@ ROWS: tuple[tuple[frozenset[str], str, type[SourceError], str, str], ...] = (
         "put the right password into {where}",
     ),
     (
+        OIDC,
+        r"access_denied",
+        SourceDenied,
+        "heard from the provider that it was refused",
+        "",
+    ),
+    (
+        OIDC,
+        r"oauth state|expired_token",
+        SourceDenied,
+        "does not know this sign-in: it took too long, or was done before",
+        "begin anew",
+    ),
+    (
+        OIDC,
+        rf"exchang(?!.*({UNREACHED}))",
+        SourceDenied,
+        "could not redeem the code at the provider",
+        "see oidc_client_id and oidc_client_secret in auth/{mount}/config",
+    ),
+    (
         JWT,
-        r"fetching keys|get keys failed|discovery|connection refused|no such host|timed? ?out",
+        rf"fetching keys|get keys failed|discovery|{UNREACHED}",
         SourceUnavailable,
         "cannot ask who made the token",
         "",
@@ -165,18 +195,32 @@ def refusal(vault: Vault, host: str, reply: Reply) -> SourceError:
             f"{who} has nothing mounted at auth/{mount}{namespace}",
             hint="see auth.mount and namespace; bao auth list shows what there is",
         )
+    by_hand = f"bao login -method=oidc -path={mount}" if method == "oidc" else ""
     return SourceInvalid(
         f"{who} does not take a login by {method} ({reply.status})",
-        hint=f"try it by hand: bao write auth/{mount}/login …",
+        hint=f"try it by hand: {by_hand or f'bao write auth/{mount}/login …'}",
     )
 
 
 def ended(vault: Vault, host: str) -> SourceDenied:
     """Return the error for a token that is no more."""
+    if (sign_in := signed_in(vault)) is not None:
+        return LoginNeeded(
+            f"vault: {host}: has ended the token of the sign-in",
+            hint=f"run: keybroker login {sign_in.name}",
+        )
     return SourceDenied(
         f"vault: {host}: refused the token: it has ended, or never was one",
         hint=f"put a new one into {_where(vault)}",
     )
+
+
+def signed_in(vault: Vault) -> SignIn | None:
+    """Return the sign-in whose token it is that a Vault is asked with."""
+    token = vault.auth.get("token")
+    if isinstance(token, Reference) and token.kind == "login":
+        return read_text(str(token.value))
+    return None
 
 
 def _where(vault: Vault) -> str:

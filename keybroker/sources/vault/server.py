@@ -26,6 +26,7 @@ PORTS = {"http": 80, "https": 443}
 MOST_HOPS = 3
 LEAST_SECONDS = 1.0  # for one of several nodes
 LONGEST_SECONDS = 3650 * 86_400.0
+CLEARLY_LESS = 0.9  # of what a renewal asked for: there is a maximum behind it
 # A 500 that stays one however often it is asked.
 FINAL_500 = re.compile(r"past the max ttl|failed to find entry for connection")
 UPGRADING = re.compile(r"will resume service shortly")  # a KV 1 to KV 2, or one just mounted
@@ -254,6 +255,24 @@ def seconds(value: object) -> timedelta | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         return None
     return timedelta(seconds=min(value, LONGEST_SECONDS))
+
+
+def renewed(reply: Reply, asked: timedelta) -> tuple[timedelta | None, bool]:
+    """
+    Read what the renewal of a token gave.
+
+    Args:
+        asked: What it was asked for.
+
+    Returns:
+        How long it lives from now on, None where it goes on as it is: not renewable, past its
+        maximum, or not allowed; and whether another renewal will give more.
+    """
+    auth = part(reply, "auth")
+    got = seconds(auth.get("lease_duration"))
+    if reply.status != 200 or got is None:
+        return None, False
+    return got, auth.get("renewable") is True and got >= CLEARLY_LESS * asked
 
 
 def is_own(reply: Reply) -> bool:

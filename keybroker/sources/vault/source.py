@@ -19,9 +19,9 @@ from keybroker.sources.followed import Followed
 from keybroker.sources.gateway import Gateway
 from keybroker.sources.held import Held
 from keybroker.sources.http import Reply
-from keybroker.sources.vault.login import CLEARLY_LESS, token_of
+from keybroker.sources.vault.login import token_of
 from keybroker.sources.vault.place import GONE, Place, day, is_versioned, lease_id
-from keybroker.sources.vault.server import part, said, seconds
+from keybroker.sources.vault.server import CLEARLY_LESS, part, said, seconds
 from keybroker.values import replace
 from keybroker.vault import read_text
 
@@ -61,7 +61,7 @@ class Vault(Followed):
         cls, issuer: Issuer, environment: Mapping[str, str], seconds: float, held: Held
     ) -> "Vault":
         """Return one that can revoke, from the journal's record alone."""
-        return cls(Place(read_text(issuer.vault), environment, held, seconds))
+        return cls(Place(read_text(issuer.vault), environment, held, seconds, ends=True))
 
     def issue(self, label: str) -> Credential:
         """Read the key as it stands now, or have one made for us."""
