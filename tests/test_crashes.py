@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import httpx
@@ -268,12 +269,12 @@ def until(done: Callable[[], bool], home: Resident) -> None:
 
 def settled_at_home(home: Resident, litellm: LiteLLM) -> list[str]:
     """Judge once all is looked up and revoked, which the daemon does by itself."""
-    time.sleep(SETTLED_SECONDS + HOLD.total_seconds())
+    time.sleep(SETTLED_SECONDS + home.hold.total_seconds())
     home.until_read()
     for _ in range(3):
         if not (found := violations(home, litellm)):
             break
-        time.sleep(HOLD.total_seconds())
+        time.sleep(home.hold.total_seconds())
     return found
 
 
@@ -554,9 +555,10 @@ def workers_without_the_lock(litellm: LiteLLM, mutant: str | None) -> list[str]:
 
 def answer_before_the_seal(litellm: LiteLLM, mutant: str | None) -> list[str]:
     """Daemon and worker die with a new key that is verified and not yet sealed."""
+    long = timedelta(seconds=10)  # within which another daemon has begun and revokes it
     with (
         Faults(litellm.url) as wire,
-        Resident(wire.url, litellm.master_key, wire, mutant=mutant) as home,
+        Resident(wire.url, litellm.master_key, wire, long, mutant=mutant) as home,
     ):
         home.until_read()
         pause = PauseResponse(at_most=PATIENCE_SECONDS)

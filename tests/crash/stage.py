@@ -24,7 +24,7 @@ key = "file"
 [profiles.work]
 base_url = "{url}"
 helper_ttl = "1s"
-hold = "2s"
+hold = "{hold}s"
 [profiles.work.source]
 type = "litellm"
 admin = {{ file = "{admin}" }}
@@ -46,6 +46,7 @@ class Stage:
     url: str
     admin: str
     wire: Faults | None = None
+    hold: timedelta = HOLD
     printed: list[Printed] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     revoked: list[datetime] = field(default_factory=list)  # when a person asked for it
@@ -74,7 +75,7 @@ class Stage:
             path.write_text(admin)
         file = self.home / ".config/keybroker/config.toml"
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file.write_text(CONFIGURATION.format(url=url, admin=path))
+        file.write_text(CONFIGURATION.format(url=url, admin=path, hold=self.hold.seconds))
 
     @property
     def direct(self) -> str:
@@ -135,7 +136,7 @@ class Stage:
 
 def on_request(stage: Stage, one: Printed, gone: datetime) -> bool:
     """`keybroker revoke` leaves nobody a hold: that is what it is for."""
-    return any(one.at - HOLD < asked <= gone for asked in stage.revoked)
+    return any(one.at - stage.hold < asked <= gone for asked in stage.revoked)
 
 
 def violations(stage: Stage, litellm: LiteLLM, *, settled: bool = True) -> list[str]:
@@ -165,13 +166,19 @@ def violations(stage: Stage, litellm: LiteLLM, *, settled: bool = True) -> list[
         gone = deleted.get(one.key_sha256)
         if gone is not None and gone < one.at - slack:
             found.append("a dead key was printed")
-        elif gone is not None and gone < one.at + HOLD - slack and not on_request(stage, one, gone):
+        elif (
+            gone is not None
+            and gone < one.at + stage.hold - slack
+            and not on_request(stage, one, gone)
+        ):
             found.append("a key was revoked within its reader's hold")
         if one.key_sha256 in blocked:
             found.append("a key that the gateway refuses was printed")
         used = [r for r in log if r.key_sha256 == one.key_sha256 and r.started >= one.at]
         if gone is not None and on_request(stage, one, gone):
             continue
-        if any(request.status != 200 for request in used if request.started < one.at + HOLD / 2):
+        if any(
+            request.status != 200 for request in used if request.started < one.at + stage.hold / 2
+        ):
             found.append("a request with a key that was just printed was refused")
     return found
