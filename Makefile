@@ -1,9 +1,10 @@
 # make demo    see it work, against a gateway of its own
 # make test    everything a change has to pass; installs real servers in ~/.cache (once)
 # make check   the part of it that reads the code
+# make screenshots  the pages that a browser shows after a sign-in, into docs/images
 # make bench   how fast it is, against what stands beside it; some minutes
 
-.PHONY: demo test check bench
+.PHONY: demo test check bench screenshots
 .SILENT:
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -23,6 +24,9 @@ check: .venv/installed-dev
 
 bench: .venv/installed
 	.venv/bin/python -m benchmarks
+
+screenshots: .venv/installed-dev
+	.venv/bin/python -m tests.test_login_pages
 
 .venv/created:
 	.ci/venv

@@ -22,6 +22,8 @@ missing_packages() {
     have curl || echo curl
     have git || echo git
     have fish || echo fish
+    have chromium || echo chromium
+    have chromedriver || echo chromium-driver
     have unshare || echo util-linux
     { [ -x /usr/sbin/nginx ] && [ -e /usr/lib/nginx/modules/ngx_http_modsecurity_module.so ]; } ||
         echo nginx libnginx-mod-http-modsecurity

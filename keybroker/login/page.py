@@ -39,11 +39,15 @@ main {{ width: 100%; max-width: 27rem; background: var(--card); border: 1px soli
 .mark svg {{ width: 1.75rem; height: 1.75rem; fill: none; stroke: var(--mark); stroke-width: 2.5;
   stroke-linecap: round; stroke-linejoin: round; }}
 h1 {{ margin: 0 0 .5rem; font-size: 1.375rem; line-height: 1.25; letter-spacing: -.01em; }}
+h1, p {{ text-wrap: balance; }}
 p {{ margin: 0 0 .75rem; color: var(--soft); overflow-wrap: anywhere; }}
 p strong {{ color: var(--text); font-weight: 600; }}
 footer {{ margin-top: 1.5rem; padding-top: 1rem; border-top: 1px solid var(--line);
   font-size: .8125rem; color: var(--soft); }}
-code {{ font: .9em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; color: var(--text); }}
+code {{ display: block; width: fit-content; max-width: 100%; margin: .5rem auto 0; user-select: all;
+  padding: .375rem .75rem; border: 1px solid var(--line); border-radius: .5rem;
+  background: var(--back); color: var(--text);
+  font: .875rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }}
 </style>
 </head>
 <body>
@@ -68,7 +72,7 @@ _BAD = {
     "wash_light": "#fbe9e7",
     "mark_dark": "#ff8a80",
     "wash_dark": "#3a1f1f",
-    "sign": '<path d="M12 7v6"/><path d="M12 17v.01"/>',
+    "sign": '<path d="M12 4.5v9"/><path d="M12 19v.01"/>',
 }
 
 
@@ -86,6 +90,7 @@ def failure(login: str, reason: str) -> str:
     """Return the page for one who has not, with the reason in words of ours."""
     body = (
         f"<p>{escape(reason)}</p>\n"
-        f"<p>To try again, type <code>keybroker login {escape(login)}</code> in your terminal.</p>"
+        "<p>To try again, type this in your terminal:"
+        f"<code>keybroker login {escape(login)}</code></p>"
     )
     return _PAGE.format(title="Not signed in", body=body, **_BAD)
