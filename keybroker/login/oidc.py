@@ -4,19 +4,19 @@ See: OpenID Connect Core 1.0 and Discovery 1.0; RFC 7636 (PKCE), RFC 8252 (nativ
 (`iss` in the answer), RFC 8707 (resource).
 """
 
-import json
 import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
-from joserfc import jws, jwt
+from joserfc import jwt
 from joserfc.errors import JoseError, SecurityWarning
 from joserfc.jwk import KeySet
 
 from keybroker.credential import Secret
 from keybroker.errors import SourceError, SourceInvalid
+from keybroker.login.jwt import read_claims
 from keybroker.login.oauth import Client, Granted, Refused, as_error, code_of
 from keybroker.login.provider import (
     BROWSER,
@@ -308,8 +308,8 @@ class Oidc(Base):
 
 def _life(token: str) -> timedelta | None:
     """Return for how long a token is good that says so itself, where the answer did not."""
+    claims = read_claims(token) or {}
     try:
-        claims = json.loads(jws.extract_compact(token.encode()).payload)
         return seconds(claims["exp"] - claims["iat"])
-    except (JoseError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return None
