@@ -158,6 +158,11 @@ LOGINS: dict[str, dict[str, Field]] = {
         "resource": Field(TEXT, "Whom the token is for (RFC 8707)."),
         "audience": Field(TEXT, "The same in the words of others, and of RFC 8693."),
     },
+    "openrouter": {
+        **COMMON,
+        **BROWSER,
+        "url": Field(URL, "OpenRouter itself.", default="https://openrouter.ai"),
+    },
     "vault": {
         **COMMON,
         **PLACE,

@@ -81,6 +81,7 @@ TABLE: dict[str, set[str]] = {
     "login.litellm": set(),
     "login.workload": set(),
     "login.vault": set(),
+    "login.openrouter": set(),
     "login": set(),
     "login.page": set(),
     "login.loopback": set(),

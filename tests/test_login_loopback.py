@@ -15,7 +15,7 @@ import pytest
 from keybroker.credential import Secret
 from keybroker.errors import KeybrokerError, NobodyAnswers, SourceInvalid
 from keybroker.login import loopback, page
-from keybroker.login.loopback import STRANGER, Loopback, read_pasted
+from keybroker.login.loopback import STRANGER, Loopback, read_answer
 from keybroker.login.tokens import Tokens
 from keybroker.signin import Standing
 from tests.resident import until
@@ -88,6 +88,16 @@ def test_the_answer_is_taken_and_its_code_leaves_the_address(
     found = at.wait(0)
     assert found is not None
     assert found.access == Secret("the-token")
+
+
+def test_a_state_may_be_in_the_path(at: Loopback, redeem: Redeemer) -> None:
+    """For a provider that repeats none; any other is not even an address here."""
+    assert ask(at, f"/callback/{STATE[:-1]}?code=c")[0].status == 404
+    assert ask(at, f"/callback/{STATE}x?code=c")[0].status == 404
+    assert ask(at, f"/callback/{STATE}?code=c&state=another")[0].status == 400
+    assert redeem.given == []
+    assert ask(at, f"/callback/{STATE}?code=c")[0].headers["location"] == "/callback/signed-in"
+    assert redeem.given == [{"state": STATE, "code": "c"}]
 
 
 def test_an_answer_that_comes_twice_is_redeemed_once(at: Loopback, redeem: Redeemer) -> None:
@@ -204,7 +214,7 @@ def test_it_waits_until_the_page_was_seen(at: Loopback) -> None:
 
 def test_nobody_waits_for_a_page_of_what_was_pasted(at: Loopback) -> None:
     assert not at.take({"state": "another", "code": "c"}, pasted=True)
-    assert at.take(read_pasted(f" http://127.0.0.1:1{GOOD}\n"), pasted=True)
+    assert at.take(read_answer(f" http://127.0.0.1:1{GOOD}\n"), pasted=True)
     began = time.monotonic()
     assert at.wait(0) is not None
     assert time.monotonic() - began < 0.1
@@ -217,13 +227,16 @@ def test_nobody_waits_for_a_page_of_what_was_pasted(at: Loopback) -> None:
         ("  state=s&code=c\n", {"state": "s", "code": "c"}),
         ("?state=s&code=c", {"state": "s", "code": "c"}),
         ("http://127.0.0.1:8400/callback?state=s&code=c#frag", {"state": "s", "code": "c"}),
-        ("http://127.0.0.1/callback?code=a&code=b", {}),
+        ("http://127.0.0.1/callback?code=a&code=b&state=s", {"state": "s"}),
+        ("http://127.0.0.1/callback?state=a&state=b", {}),
+        ("http://127.0.0.1:8400/callback/s?code=c", {"state": "s", "code": "c"}),
+        ("code=c", {"code": "c"}),
         ("the-code-alone", {}),
         ("", {}),
     ],
 )
 def test_an_address_is_read_as_it_was_pasted(text: str, found: dict[str, str]) -> None:
-    assert read_pasted(text) == found
+    assert read_answer(text) == found
 
 
 def test_a_refusal_is_shown_with_its_reason_and_raised(at: Loopback, redeem: Redeemer) -> None:

@@ -209,8 +209,8 @@ def test_a_person_who_refuses_is_told_so(person: Resident, place: Place) -> None
         status, said, shown = signing.ended()
 
     assert (status, said) == (77, "")
-    assert "login corp: the provider says access_denied" in shown
-    assert (page.status, "The provider says access_denied" in page.text) == (400, True)
+    assert "login corp: the sign-in was refused" in shown
+    assert (page.status, "The sign-in was refused" in page.text) == (400, True)
     assert person.cli("whoami")[0] == 77
 
 

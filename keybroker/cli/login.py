@@ -113,7 +113,7 @@ def logout_command(login: str | None, force: bool, as_json: bool) -> None:
     if sign_in.unattended:
         print("This machine signs in again by itself when a key is asked for.")
     if not told:
-        print("The provider was not told: what it gave ends by itself.")
+        print(_left(sign_in))
 
 
 @click.command("whoami")
@@ -176,6 +176,17 @@ def _token(standing: Standing) -> str:
 
 def _as(standing: Standing) -> str:
     return f" as {standing.who}" if standing.who else ""
+
+
+def _left(sign_in: SignIn) -> str:
+    """Say what became of what a provider gave that was not told."""
+    if sign_in.type == "openrouter":
+        where = f"{sign_in.settings['url']}/settings/keys"
+        return (
+            f"The key lives on at OpenRouter, without an end: delete it at {where}, "
+            f"where it is called keybroker {sign_in.name}."
+        )
+    return "The provider was not told: what it gave ends by itself."
 
 
 def _until(standing: Standing) -> str:

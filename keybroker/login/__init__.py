@@ -39,6 +39,10 @@ def provider_of(sign_in: SignIn, environment: Mapping[str, str]) -> Provider:
         from keybroker.login.vault import VaultLogin
 
         return VaultLogin(sign_in, environment)
+    if sign_in.type == "openrouter":
+        from keybroker.login.openrouter import OpenRouter
+
+        return OpenRouter(sign_in, environment)
     from keybroker.login.oidc import Oidc
 
     return Oidc(sign_in, environment)

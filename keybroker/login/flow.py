@@ -6,7 +6,7 @@ from typing import Any
 
 from keybroker.errors import ConfigError, SourceInvalid, SourceUnavailable
 from keybroker.login import provider_of
-from keybroker.login.loopback import Loopback, read_pasted
+from keybroker.login.loopback import Loopback, read_answer
 from keybroker.login.provider import BROWSER, DEVICE, LONGEST_WAIT, Device
 from keybroker.login.tokens import Tokens
 from keybroker.signin import SignIn
@@ -75,7 +75,7 @@ class SigningIn:
                 hint=f"run: keybroker login {self._sign_in.name}",
             )
         if self._loopback is not None:
-            if pasted is not None and not self._loopback.take(read_pasted(pasted), pasted=True):
+            if pasted is not None and not self._loopback.take(read_answer(pasted), pasted=True):
                 raise SourceInvalid(
                     f"login {self._sign_in.name}: this is not where the sign-in ended",
                     hint="copy the whole address that the browser shows in the end",

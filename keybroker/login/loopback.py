@@ -119,6 +119,12 @@ class Loopback:
                 self._done.set()
         return True
 
+    def is_for(self, path: str) -> bool:
+        """Say whether a path is the one that is answered, or that with the state after it."""
+        with_state = f"{self._path.rstrip('/')}/{self._state}"
+        known = bool(self._state) and hmac.compare_digest(path.encode(), with_state.encode())
+        return (path or "/") == self._path or known
+
     def page(self) -> tuple[int, str]:
         """Return the page about how it ended."""
         if isinstance(self._found, KeybrokerError):
@@ -141,10 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
         here = {f"{name}:{owner.port}" for name in ("127.0.0.1", "localhost")}
         if self.headers.get("host") not in here:
             self._answer(404, "Not found")
-        elif (target.path or "/") == owner._path:
-            query = parse_qs(target.query, keep_blank_values=True)
-            answer = {name: values[0] for name, values in query.items() if len(values) == 1}
-            if owner.take(answer):
+        elif owner.is_for(target.path):
+            if owner.take(read_answer(self.path)):
                 self._answer(303, "", {"location": owner._over})
             else:
                 self._answer(400, page.failure(owner._login, STRANGER), page.HEADERS)
@@ -174,8 +178,15 @@ def _sentence(message: str) -> str:
     return f"{text[:1].upper()}{text[1:]}."
 
 
-def read_pasted(text: str) -> dict[str, str]:
-    """Read an address that somebody copied out of a browser, or what is after its ?."""
+def read_answer(text: str) -> dict[str, str]:
+    """
+    Read the address that a browser came back to, or what is after its ?.
+
+    The state of a provider that repeats none is the last part of the path.
+    """
     target = urlsplit(text.strip())
-    query = target.query or (text.strip() if "=" in text else "")
-    return {name: values[0] for name, values in parse_qs(query).items() if len(values) == 1}
+    query = parse_qs(target.query or (text.strip() if "=" in text else ""), keep_blank_values=True)
+    found = {name: values[0] for name, values in query.items() if len(values) == 1}
+    if "state" not in query and target.query:
+        found["state"] = target.path.rpartition("/")[2]
+    return found

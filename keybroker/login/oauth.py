@@ -113,15 +113,13 @@ class Client:
         **more: str,
     ) -> str:
         """Return the page where a person signs in: code with PKCE, S256."""
-        client = WebApplicationClient(self._id)
-        challenge = client.create_code_challenge(verifier, "S256")
         return str(
-            client.prepare_request_uri(
+            WebApplicationClient(self._id).prepare_request_uri(
                 endpoint,
                 redirect_uri=redirect,
                 scope=list(scopes) or None,
                 state=state,
-                code_challenge=challenge,
+                code_challenge=challenge(verifier),
                 code_challenge_method="S256",
                 **more,
             )
@@ -312,6 +310,11 @@ class Client:
                 pair = f"{quote(self._id, safe='')}:{quote(self._secret.reveal(), safe='')}"
                 headers["authorization"] = f"Basic {b64encode(pair.encode()).decode()}"
         return http.call("POST", path, headers=headers, form=body)
+
+
+def challenge(verifier: str) -> str:
+    """Return what is shown of a verifier before it is: S256 (RFC 7636)."""
+    return str(WebApplicationClient(None).create_code_challenge(verifier, "S256"))
 
 
 def code_of(answer: Mapping[str, str], who: str, host: str) -> str:

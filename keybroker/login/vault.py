@@ -11,6 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from keybroker.credential import Secret
 from keybroker.errors import ConfigError, SourceInvalid, SourceUnavailable
+from keybroker.login.oauth import code_of
 from keybroker.login.provider import (
     BROWSER,
     DEVICE,
@@ -19,10 +20,8 @@ from keybroker.login.provider import (
     Base,
     Device,
     Visit,
-    reason,
     seconds,
     unguessable,
-    word,
 )
 from keybroker.login.provider import said as shown
 from keybroker.login.tokens import Tokens
@@ -67,13 +66,9 @@ class VaultLogin(Base):
             raise self._odd()
 
         def redeem(answer: Mapping[str, str]) -> Tokens:
-            if "error" in answer:
-                about = reason(answer.get("error_description"))
-                says = word(answer["error"]) + (f": {about}" if about else "")
-                raise SourceInvalid(f"{self._who}: the provider says {says}")
             given = {
                 "state": state,
-                "code": answer.get("code", ""),
+                "code": code_of(answer, self._who, "the provider"),
                 "nonce": nonce,
                 "client_nonce": self._nonce,
             }
