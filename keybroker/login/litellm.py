@@ -180,8 +180,8 @@ class LiteLLM(Base):
                 team = {"team_id": self._team(found)}
                 reply = self._proxy.call("GET", path, query=team, headers=headers)
                 found = self._polled(reply)
-        except SourceUnavailable as error:
-            return 2 * interval if error.unknown else interval
+        except SourceUnavailable:
+            return min(60.0, 2 * interval)
         if found.get("status") == "pending":
             return interval
         access = self._secret(found.get("key"), "token")

@@ -20,7 +20,7 @@ from html.parser import HTMLParser
 from http.client import HTTPResponse
 from http.cookiejar import CookieJar
 from pathlib import Path
-from urllib.parse import urlencode, urljoin, urlsplit
+from urllib.parse import quote, unquote, urlencode, urljoin, urlsplit
 
 MOST_STEPS = 30
 SECONDS = 30
@@ -202,7 +202,8 @@ def command(user: str = "ada", code: str = "", refuses: str = "") -> str:
     """Return a value of BROWSER that walks the pages as somebody."""
     words = [sys.executable, "-I", str(Path(__file__).resolve()), "--user", user]
     words += ["--code", code] if code else []
-    words += ["--refuses", refuses] if refuses else []
+    # BROWSER holds several, with a colon between them
+    words += ["--refuses", quote(refuses, safe="")] if refuses else []
     return f"{shlex.join(words)} %s"
 
 
@@ -214,7 +215,7 @@ def main() -> None:
     parser.add_argument("--refuses", default="")
     parser.add_argument("url")
     given = parser.parse_args()
-    page = Browser(given.user, given.code, refuses=given.refuses).open(given.url)
+    page = Browser(given.user, given.code, refuses=unquote(given.refuses)).open(given.url)
     sys.exit(0 if page.status < 400 else 1)
 
 

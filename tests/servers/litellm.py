@@ -29,6 +29,7 @@ from threading import Lock
 from typing import Any, Self
 
 from tests.servers.install import installed, litellm_folder, prisma_environment
+from tests.servers.oidc import Oidc
 from tests.servers.postgres import Postgres, unpack
 from tests.servers.processes import Child, Port, wait_until
 from tests.servers.upstream import MODEL, Upstream
@@ -58,21 +59,18 @@ class LiteLLM:
 
     Args:
         general_settings: Added to the proxy's settings of this name.
-        role: Of people who sign in for the first time; None: the proxy's own default.
-        environment: Added to the proxy's, such as where people sign in.
+        sso: Where people sign in; without a licence they may be five.
     """
 
     def __init__(
         self,
         general_settings: Mapping[str, Any] | None = None,
         *,
-        role: str | None = "internal_user",
-        environment: Mapping[str, str] | None = None,
+        sso: Oidc | None = None,
     ) -> None:
         self.master_key = f"sk-{secrets.token_urlsafe(24)}"
         self._general_settings = dict(general_settings or {})
-        self._role = role
-        self._environment = dict(environment or {})
+        self._sso = sso
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -112,10 +110,24 @@ class LiteLLM:
             "PROXY_BASE_URL": self.url,
             "NO_PROXY": "127.0.0.1,localhost",
             "HTTPS_PROXY": "http://127.0.0.1:9",  # nobody: nothing may leave this machine
-            **self._environment,
+            **self._sign_in(),
         }
         words = ["--config", str(config), "--host", "127.0.0.1", "--port", str(self._port)]
         return Child([str(program), *words], log=work / "litellm.log", environment=environment)
+
+    def _sign_in(self) -> dict[str, str]:
+        """The variables that say where people sign in."""
+        if self._sso is None:
+            return {}
+        client = self._sso.register(f"{self.url}/sso/callback")
+        return {
+            "GENERIC_CLIENT_ID": client.id,
+            "GENERIC_CLIENT_SECRET": client.secret,
+            "GENERIC_AUTHORIZATION_ENDPOINT": f"{self._sso.issuer}/auth",
+            "GENERIC_TOKEN_ENDPOINT": f"{self._sso.issuer}/token",
+            "GENERIC_USERINFO_ENDPOINT": f"{self._sso.issuer}/me",
+            "GENERIC_SCOPE": "openid email profile",
+        }
 
     def _config(self) -> dict[str, Any]:
         behind = {"api_base": self.upstream.url, "api_key": UPSTREAM_KEY}
@@ -131,11 +143,7 @@ class LiteLLM:
             "general_settings": {"master_key": self.master_key, **self._general_settings},
             "litellm_settings": {
                 "telemetry": False,
-                **(
-                    {"default_internal_user_params": {"user_role": self._role}}
-                    if self._role
-                    else {}
-                ),
+                "default_internal_user_params": {"user_role": "internal_user"},
             },
         }
 
@@ -204,13 +212,19 @@ class LiteLLM:
 
     def delete_key(self, token: str) -> None:
         """Delete a key as an administrator does; it is refused from now on."""
-        self._administer("/key/delete", {"keys": [token]})
+        self.administer("/key/delete", {"keys": [token]})
 
     def forget_key(self, token: str) -> None:
         """Have the proxy read a key from its database again, of which it keeps those in use."""
-        self._administer("/key/update", {"key": token})
+        self.administer("/key/update", {"key": token})
 
-    def _administer(self, path: str, body: dict[str, Any]) -> None:
+    def administer(self, path: str, body: dict[str, Any]) -> None:
+        """
+        Do what an administrator may.
+
+        Raises:
+            OSError: The proxy would not.
+        """
         status, answer = self._ask("POST", path, body=json.dumps(body))
         if status != 200:
             raise OSError(f"{path}: {status} {answer.decode(errors='replace')}")
