@@ -231,42 +231,48 @@ def test_a_refresh_token_that_somebody_else_used_ends_it_once(ada: Person, opene
 
 
 def test_a_provider_that_is_down_ends_nothing(ada: Person, opened: Path) -> None:
-    """The key of before is handed out; it is asked again at a pace, and goes on by itself."""
-    ada.arrive(age=2500)  # its last third has begun
-    ada.provider.front.next(Status(503), times=None)
+    """The token that is there is handed out; it is asked again at a pace, and goes on by itself."""
+    old = f"{ada.arrive(age=2500).access.reveal()}\n"  # its last third has begun
+    down = Status(503)
+    ada.provider.front.next(down, times=None)
     try:
-        ada.here.start()
-        assert until(lambda: ada.here.helper()[2])
         ada.forget_what_was_asked()
+        ada.here.start()
+        assert until(lambda: ada.here.helper()[1]) == old
+        until(lambda: ada.here.row()["trouble"])
+        ada.cli("rotate")
+        assert ada.here.helper() == (0, old, "")
+        assert 1 <= len(ada.asked("/.well-known/openid-configuration")) <= 4
     finally:
         ada.provider.front.clear()
     ada.cli("reload")
-    key = until(lambda: ada.here.helper()[1])
-    assert key == f"{ada.held.access.reveal()}\n"
+    until(lambda: ada.here.helper()[1] not in ("", old))
+    assert renewals(ada) == 1
 
-    ada.keep(ada.held, 2500)
+
+@pytest.mark.parametrize("left", [90, 50])
+def test_the_last_minute_of_a_token_is_not_handed_out(ada: Person, left: int) -> None:
+    """When the provider fails; by a command that begins with nothing, too."""
+    tokens = ada.arrive(age=3600 - left)
     ada.provider.front.next(Status(503), times=None)
     try:
-        ada.forget_what_was_asked()
-        ada.cli("rotate")
-        assert ada.here.helper() == (0, key, "")
-        asked = len(ada.asked("/.well-known/openid-configuration"))
-        assert 1 <= asked <= 3
+        status, key, told = ada.cli("get", "--no-start")
     finally:
         ada.provider.front.clear()
+    if left > 60:
+        assert (status, key, told) == (0, f"{tokens.access.reveal()}\n", "")
+    else:
+        assert (status, key) == (75, "")
+        assert "failed to describe itself (503)" in told
 
 
-def test_a_token_of_which_nothing_is_left_is_not_handed_out(ada: Person, oidc: Oidc) -> None:
-    """A minute before its end, when the provider fails; a fifth of one that lives for less."""
-    now = datetime.now(UTC)
-    ada.arrive(age=3600 - 90)
-    front = oidc.front
-    front.next(Status(503), times=None)
-    try:
-        assert ada.cli("get", "--no-start")[:2] == (75, "")
-    finally:
-        front.clear()
-    assert now < datetime.now(UTC)
+def test_who_has_signed_out_has_no_rest_of_a_token(ada: Person) -> None:
+    ada.arrive(age=2500)
+    login.leave(ada.sign_in, ada.store)
+    assert ada.cli("get", "--no-start")[:2] == (77, "")
+    ada.arrive(age=2500)
+    ada.store.save(ada.held.ended("HOST has ended the sign-in"))
+    assert ada.cli("get", "--no-start")[:2] == (0, f"{ada.held.access.reveal()}\n")
 
 
 # Where it is kept

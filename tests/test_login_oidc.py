@@ -261,6 +261,9 @@ def test_keys_that_were_replaced_are_fetched_once_more(liar: Liar) -> None:
         visit = provider.browser(BACK)
         liar.answer = (status, body(question(visit)["nonce"]))
         visit.redeem({"code": "c", "iss": liar.issuer})
+        visit = provider.browser(BACK)
+        liar.answer = (status, body(question(visit)["nonce"]))
+        visit.redeem({"code": "c", "iss": liar.issuer})
         assert liar.count("/keys") == 1
 
         liar.keys = [RSAKey.generate_key(2048, {"kid": "new"})]

@@ -134,15 +134,31 @@ def usable(
     try:
         return current(sign_in, environment, store, least=least)
     except SourceError:
-        tokens = _opened(sign_in, store)
-        if tokens is None or tokens.left(now()) <= 0:
+        tokens = rest(sign_in, store, ends=ends)
+        if tokens is None:
             raise
-        ended = tokens.standing.ended
-        if ended == SIGNED_OUT and not ends:
-            raise
-        if ended not in ("", SIGNED_OUT) and tokens.access == tokens.refresh:
-            raise  # it is the token itself that ended
         return tokens
+
+
+def rest(sign_in: SignIn, store: Store, *, ends: bool = False) -> Tokens | None:
+    """
+    Return what is kept if it is alive, though nothing new is to be had; else None.
+
+    Args:
+        ends: As in `usable`.
+
+    Raises:
+        CacheError: It cannot be opened.
+    """
+    tokens = _opened(sign_in, store)
+    if tokens is None or tokens.left(now()) <= 0:
+        return None
+    ended = tokens.standing.ended
+    if ended == SIGNED_OUT and not ends:
+        return None
+    if ended not in ("", SIGNED_OUT) and tokens.access == tokens.refresh:
+        return None  # it is the token itself that ended
+    return tokens
 
 
 def margin(life: timedelta) -> timedelta:

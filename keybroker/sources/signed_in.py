@@ -11,6 +11,8 @@ from datetime import UTC, datetime, timedelta
 from keybroker import login
 from keybroker.config import Profile
 from keybroker.credential import Credential, Lease, Reference, Secret
+from keybroker.errors import SourceError
+from keybroker.login.tokens import Tokens
 from keybroker.signin import read_text
 from keybroker.sources.followed import Followed
 from keybroker.sources.gateway import Gateway
@@ -29,13 +31,32 @@ class SignedIn(Followed):
         self._sign_in = read_text(str(profile.source["login"].value))
         self._environment = environment
         self._held = held
+        self._is_known = False
+
+    def look(self, known: Lease) -> Lease | None:
+        """Take note that there is a key: a failure is then told, and the key stays."""
+        self._is_known = True
+        return super().look(known)
 
     def issue(self, label: str) -> Credential:
-        """Return the token, renewed if that is due."""
+        """Return the token, renewed if that is due; who has none gets one that could not be."""
         del label  # it is the provider's
-        tokens = login.current(
-            self._sign_in, self._environment, self._held.sign_ins, fresh=self._held.fresh
-        )
+        known, self._is_known = self._is_known, False
+        store = self._held.sign_ins
+        try:
+            found = login.current(self._sign_in, self._environment, store, fresh=self._held.fresh)
+            return self._credential(found)
+        except SourceError:
+            kept = None if known or self._held.fresh else login.rest(self._sign_in, store)
+            if kept is None:
+                raise
+            credential = self._credential(kept)
+            ends = credential.lease.expires_at
+            if ends is not None and ends <= datetime.now(UTC):
+                raise
+            return credential
+
+    def _credential(self, tokens: Tokens) -> Credential:
         standing = tokens.standing
         since, ends = standing.refreshed_at, standing.access_ends
         if ends is None:
