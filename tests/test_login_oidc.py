@@ -75,6 +75,7 @@ def liar(one_liar: Liar) -> Iterator[Liar]:
     one_liar.asked.clear()
     one_liar.headers.clear()
     one_liar.failing.clear()
+    one_liar.posted_only = False
 
 
 @pytest.fixture
@@ -555,6 +556,30 @@ def test_a_secret_is_sent_as_the_provider_takes_it(liar: Liar, methods: list[str
     else:
         assert posted is None
         assert header == "Basic " + base64.b64encode(b"keybroker:s%3Ae%2Fc%25r%2Bt").decode()
+
+
+def test_a_way_that_is_refused_gives_way_to_the_other_and_is_known_from_then_on(
+    liar: Liar, store: Store
+) -> None:
+    """Both may be named, and one of them agreed upon. A public client has no other way."""
+    keys = {"client_secret": {"env": "S"}}
+    liar.posted_only = True
+    gives(liar)
+    store.save(aged(signed_in(liar, **keys)))
+    assert ["client_secret" in form for path, form in liar.asked if path == "/token"] == [
+        False,
+        True,
+    ]
+    liar.asked.clear()
+    liar.answer = (200, NEW)
+    login.current(table(liar.issuer, **keys), {"S": "s:e/c%r+t"}, store)
+    assert ["client_secret" in form for path, form in liar.asked if path == "/token"] == [True]
+
+    liar.asked.clear()
+    gives(liar)
+    with pytest.raises(SourceDenied, match="invalid_client"):
+        signed_in(liar)
+    assert liar.count("/token") == 1
 
 
 # Renewals

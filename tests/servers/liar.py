@@ -28,6 +28,7 @@ class Liar(LoopbackServer):
         answer: Status and body of its next token answers.
         asked: The path of each request, and its form.
         failing: Paths that are answered 503.
+        posted_only: A client's secret is taken in the form, and nowhere else.
     """
 
     def __init__(self, certificate: Certificate | None = None, path: str = "") -> None:
@@ -52,6 +53,7 @@ class Liar(LoopbackServer):
         self.asked: list[tuple[str, dict[str, str]]] = []
         self.headers: list[Mapping[str, str]] = []
         self.failing: set[str] = set()
+        self.posted_only = False
 
     def get_request(self) -> Any:
         connection, address = super().get_request()
@@ -109,7 +111,12 @@ class _Liar(Handler):
         liar = self.server
         liar.asked.append((self.path, dict(parse_qsl(self.body().decode()))))
         liar.headers.append({name.lower(): value for name, value in self.headers.items()})
-        self._say(*((503, {}) if self.path in liar.failing else liar.answer))
+        if self.path in liar.failing:
+            self._say(503, {})
+        elif liar.posted_only and "client_secret" not in liar.asked[-1][1]:
+            self._say(401, {"error": "invalid_client"})
+        else:
+            self._say(*liar.answer)
 
     def _say(self, status: int, value: Any) -> None:
         data = value if isinstance(value, bytes) else json.dumps(value).encode()
