@@ -927,6 +927,13 @@ def test_how_things_stand(changes: dict[str, Any], ids: list[str], fix: str) -> 
     assert [one.fix for one in found if fix not in one.fix] == []
 
 
+def test_a_person_who_has_to_sign_in_is_told_what_to_type() -> None:
+    """As it is typed."""
+    hint = "run: keybroker login corp"
+    findings = standing(fingerprint=None, trouble="login corp: nobody is signed in", hint=hint)
+    assert [one.fix for one in findings] == ["keybroker login corp"]
+
+
 def test_a_failing_profile_whose_key_is_late_is_worse() -> None:
     [one] = standing(trouble="x", late=True)
     assert one.severity is Severity.ERROR

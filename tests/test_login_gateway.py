@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -220,7 +221,22 @@ def test_too_many_who_sign_in(bifrost: Bifrost) -> None:
         error = problem(at.device)
     assert isinstance(error, SourceUnavailable)
     assert error.message.endswith(" asks to wait")
-    assert error.hint == "try again in a minute"
+    assert (error.hint, error.retry_after) == ("try again in a minute", timedelta(minutes=1))
+
+
+def test_a_gateway_that_is_asked_too_often_renews_later(bifrost: Bifrost) -> None:
+    """When it says; the sign-in has not ended."""
+    with (
+        Faults(bifrost.url) as faults,
+        provider(type="gateway", url=f"{faults.url}{PREFIX}") as at,
+    ):
+        tokens = signing.signed_in(at.device(), Browser("ada"))
+        slow = Status(429, {"retry-after": "7"}, b'{"error": "slow_down"}')
+        faults.next(slow, path=f"{PREFIX}/oauth/token")
+        error = problem(lambda: at.refresh(tokens))
+        assert isinstance(error, SourceUnavailable)
+        assert error.retry_after == timedelta(seconds=7)
+        assert at.refresh(tokens).refresh is not None
 
 
 def test_an_address_without_a_sign_in(bifrost: Bifrost) -> None:

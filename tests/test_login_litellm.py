@@ -55,7 +55,9 @@ class TestGateway(GatewayContract):
 
     def takes(self, key: str) -> bool:
         path = "/claude_code_gateway/v1/messages"
-        return ask(self.proxy.url, "POST", path, key, MESSAGE)[0] == 200
+        taken = ask(self.proxy.url, "POST", path, key, MESSAGE)[0] == 200
+        # and by the key API: a source of type litellm can ask with it
+        return taken and ask(self.proxy.url, "GET", "/key/list", key)[0] == 200
 
 
 def configuration(url: str, login: str = "", lifetime: str = "60s", **profiles: str) -> str:

@@ -13,7 +13,7 @@ from keybroker import paths
 from keybroker.connect.connected import Connected
 from keybroker.connect.edit import is_ours
 from keybroker.connect.proof import prove
-from keybroker.doctor.finding import Close, Command, Finding, Severity
+from keybroker.doctor.finding import Close, Command, Finding, Severity, typed
 from keybroker.doctor.requests import Layer
 from keybroker.errors import ConfigError, KeybrokerError
 from keybroker.label import is_made
@@ -153,10 +153,10 @@ def _of_profile(
     trouble = row["trouble"] or (failure or {}).get("message")
     if row["fingerprint"] is None or row["phase"] in ("expired", "condemned") or not row["held"]:
         if trouble:
-            fix = row.get("hint") or f"keybroker source test {name}"
+            fix = typed(row.get("hint") or f"keybroker source test {name}")
             yield Finding("no-key", f"{name}: {trouble}", fix)
     elif trouble:
-        fix = row.get("hint") or f"keybroker source test {name}"
+        fix = typed(row.get("hint") or f"keybroker source test {name}")
         severity = Severity.ERROR if row["late"] else None
         yield Finding("failing", f"{name}: {trouble}", fix, worse=severity)
     elif row["late"]:

@@ -204,3 +204,8 @@ KINDS: dict[str, Kind] = {
     "not-told": Kind(_NOTE, "running sessions take a replaced key's successor late"),
     "not-looked-at": Kind(_WARNING, "what it would have found is not known"),
 }
+
+
+def typed(hint: str) -> str:
+    """Return what a hint has somebody type."""
+    return hint.removeprefix("run: ")

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from keybroker.config import Profile
 from keybroker.doctor import program
-from keybroker.doctor.finding import Finding, Severity
+from keybroker.doctor.finding import Finding, Severity, typed
 from keybroker.doctor.program import Program
 from keybroker.doctor.requests import Layer, Route
 from keybroker.errors import ConfigError, KeybrokerError
@@ -116,7 +116,7 @@ def of_error(profile: Profile, error: KeybrokerError) -> Finding:
         return Finding("proxy", what, error.hint or "", worse=Severity.ERROR)
     what = f"{profile.name}: {error.message.removeprefix(f'{profile.name}: ')}"
     message, _, hint = what.partition("; ")  # of a key that was asked for, the hint is in it
-    return Finding("no-key", message, error.hint or hint or "keybroker status")
+    return Finding("no-key", message, typed(error.hint or hint or "keybroker status"))
 
 
 def of_proxies(profile: Profile, layers: Sequence[Layer]) -> Iterator[Finding]:

@@ -44,9 +44,12 @@ class Refused(Exception):  # noqa: N818  # an answer, as often as an error
     The latter is for the eyes of a person who is just signing in, and for no log.
     """
 
-    def __init__(self, error: str, description: str, status: int) -> None:
+    def __init__(
+        self, error: str, description: str, status: int, retry_after: timedelta | None = None
+    ) -> None:
         super().__init__(error)
         self.error, self.description, self.status = error, description, status
+        self.retry_after = retry_after
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +173,11 @@ class Client:
         if reply.status != 200:
             refused = self._refusal(http, reply)
             if reply.status == 429:
-                problem = f"{self._who}: {http.host} asks to wait"
-                raise SourceUnavailable(problem, hint="try again in a minute")
+                raise SourceUnavailable(
+                    f"{self._who}: {http.host} asks to wait",
+                    hint="try again in a minute",
+                    retry_after=reply.retry_after,
+                )
             if isinstance(refused, Refused):
                 raise as_error(refused, self._who, http.host, "give a code", person=True)
             raise refused
@@ -283,7 +289,8 @@ class Client:
         found = plain(reply.value)
         error = found.get("error")
         if isinstance(error, str) and error not in LATER - {"slow_down"} and reply.status < 500:
-            return Refused(word(error), reason(found.get("error_description")), reply.status)
+            about = reason(found.get("error_description"))
+            return Refused(word(error), about, reply.status, reply.retry_after)
         problem = f"{self._who}: {http.host} gave no token ({reply.status})"
         if reply.status == 429 or reply.status >= 500 or error in LATER:
             return SourceUnavailable(problem, retry_after=reply.retry_after)
@@ -345,6 +352,8 @@ def as_error(
     if person and refused.error in ("access_denied", "expired_token"):
         over = "was refused" if refused.error == "access_denied" else "took longer than its code"
         return SourceDenied(f"{who}: the sign-in {over}{about}", hint=f"run: keybroker {who}")
+    if refused.error == "slow_down":
+        return SourceUnavailable(f"{who}: {host} asks to wait", retry_after=refused.retry_after)
     problem = f"{who}: {host} will not {doing} ({refused.error}{about})"
     if refused.error in OURS:
         return SourceDenied(problem, hint="see client_id and client_secret of the login")
