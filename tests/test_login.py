@@ -125,6 +125,7 @@ def test_json_is_all_that_is_on_stdout(ada: Person) -> None:
     assert found == {
         "login": "corp",
         "type": "oidc",
+        "unattended": False,
         "signed_in": True,
         "who": "ada@example.com",
         "until": None,
