@@ -17,7 +17,7 @@ from keybroker.credential import Secret
 from keybroker.document import Where
 from keybroker.errors import LoginNeeded, SourceInvalid, SourceUnavailable
 from keybroker.login import APART
-from keybroker.login.tokens import Store
+from keybroker.login.tokens import Store, Tokens
 from keybroker.signin import SignIn, file_of, read_login
 from keybroker.values import replace
 from tests import signing
@@ -67,7 +67,7 @@ def configuration(url: str, login: str = "", lifetime: str = "60s", **profiles: 
         text += f"""
 [profiles.{name}]
 base_url = "{url}"
-helper_ttl = "2s"
+helper_ttl = "1s"
 hold = "2s"
 [profiles.{name}.source]
 type = "litellm"
@@ -105,13 +105,18 @@ def opened(user: Resident) -> tuple[Store, SignIn]:
     return Store(user.state, key), read_login("corp", table, Where({}, "test"))
 
 
-def age(user: Resident, access: Secret | None = None) -> Secret:
-    """Let a token be older than it is, or be another; return the one that it was."""
+def age(user: Resident, access: Secret | None = None, ends: datetime | None = None) -> Secret:
+    """Let a token be older, be another, or end at a time; return the one that it was."""
     store, sign_in = opened(user)
     tokens = store.load(sign_in)
     assert tokens is not None
-    standing = replace(tokens.standing, refreshed_at=tokens.standing.refreshed_at - APART)
-    store.save(replace(tokens, access=access or tokens.access, standing=standing))
+    standing = tokens.standing
+    aged = replace(
+        standing,
+        refreshed_at=standing.refreshed_at - APART,
+        access_ends=ends or standing.access_ends,
+    )
+    store.save(replace(tokens, access=access or tokens.access, standing=aged))
     return tokens.access
 
 
@@ -263,35 +268,42 @@ def test_a_token_that_is_refused_is_renewed_once(tom: Resident, proxy: LiteLLM) 
     assert tom.cli("whoami")[0] == 77
 
 
-def test_a_sign_in_with_a_code(resident: Resident, proxy: LiteLLM) -> None:
-    """
-    For one team of several. It is not renewed: when it ends, the key serves to its own end.
-    """
+def test_somebody_of_several_teams(proxy: LiteLLM) -> None:
+    """Who signs in with a code says in the login which one it is for, by id or by name."""
     known(proxy, "eve", t2="Team two", t3="Team three")
-    resident.configure(configuration(proxy.url))
-    done = signing.with_code(resident, Browser("eve"))
-    assert (done.status, done.stdout) == (77, "")
-    assert done.stderr.endswith(
-        "keybroker: login corp: you are in several teams there\n"
-        "hint: set team in [logins.corp] to one of t2 (Team two), t3 (Team three)\n"
-    )
+    for team in (None, "Team one", "t3", "Team two"):
+        table = {"type": "litellm", "url": proxy.url} | ({"team": team} if team else {})
+        with provider(**table) as at:
+            device = at.device()
+            Browser("eve", code=device.code).open(device.url)
+            if team in ("t3", "Team two"):
+                assert isinstance(device.poll(2.0), Tokens)
+                continue
+            error = problem(lambda device=device: device.poll(2.0))  # type: ignore[misc]
+        what = "no team of this name" if team else "several teams"
+        assert error.message == f"login corp: you are in {what} there"
+        assert error.hint == ("set team in [logins.corp] to one of t2 (Team two), t3 (Team three)")
 
-    resident.configure(configuration(proxy.url, 'team = "Team three"'))
-    done = signing.with_code(resident, Browser("eve"))
+
+def test_a_sign_in_with_a_code(resident: Resident, proxy: LiteLLM) -> None:
+    """It is not renewed: when it ends, the key serves to its own end."""
+    resident.configure(configuration(proxy.url, lifetime="6s"))
+    resident.start()
+    done = signing.with_code(resident, Browser("ada"))
     assert re.fullmatch(
-        r"Signed in to corp as eve@example\.com\. It lasts until .+ \((1d|23h 59m)\)\.\n",
+        r"Signed in to corp as ada@example\.com\. It lasts until .+ \((1d|23h 59m)\)\.\n",
         done.stdout,
     )
-    assert resident.cli("source", "test")[0] == 0
-    age(resident, REFUSED)
+    assert resident.helper()[0] == 0
+
+    good = age(resident, REFUSED)
     host = proxy.url.removeprefix("http://")
     said = f"keybroker: login corp: {host} does not take its token any more (401)\n"
     assert resident.cli("source", "test")[::2] == (77, f"{said}hint: run: keybroker login corp\n")
+    age(resident, good)
+    assert resident.cli("rotate")[0] == 0
 
-    resident.configure(configuration(proxy.url, 'team = "t2"\nlasts = "5s"', "9s"))
-    resident.start()
-    assert signing.with_code(resident, Browser("eve")).status == 0
-    assert resident.helper()[0] == 0
+    age(resident, good, ends=datetime.now(UTC))
     until(lambda: resident.row()["code"] == "login")
     key = resident.key("work")
     assert ask(proxy.url, "POST", "/v1/messages", key, MESSAGE)[0] == 200
