@@ -441,7 +441,7 @@ def _vault_issuer(vault: Vault, settings: Mapping[str, Any]) -> Issuer:
 
 def _aws_issuer(account: aws.Account, settings: Mapping[str, Any]) -> Issuer:
     field_of_it = "" if settings["field"] is None else f"#{settings['field']}"
-    profile = "" if account.profile is None else f"{account.profile}@"
+    profile = f"{account.who}@" if account.who else ""
     place = f"{account.region or ''}/{settings['secret']}".removeprefix("/")
     return Issuer("aws", f"{profile}{place}{field_of_it}", aws=account.text)
 
@@ -519,8 +519,12 @@ def parse(
             raise where.error(("vault", name), unknown(name, [*PLACE, "auth"]))
     if vault:
         read_vault(with_variables(vault, environment), ("vault",), where)
-    account = _dict(tables, "aws", where)
-    read_table_of(account, aws.PLACE, ("aws",), where)
+    account = expanded(_dict(tables, "aws", where), logins, ("aws",), where)
+    for name in account:
+        if name not in aws.PLACE:
+            raise where.error(("aws", name), unknown(name, list(aws.PLACE)))
+    aws.read_account(account, ("aws",), where)
+    sign_ins = {by: one.text for one in logins.values() if (by := one.at_aws) is not None}
     profiles = {}
     for name, entry in _dict(tables, "profiles", where).items():
         if not NAME.fullmatch(name):
@@ -541,7 +545,7 @@ def parse(
         if claude and isinstance(entry.get("claude", {}), dict):
             whole["claude"] = {**claude, **entry.get("claude", {})}
         whole = _with_vault(name, whole, vault, environment, where)
-        whole = _with_account(whole, account, environment)
+        whole = _with_account(whole, account, sign_ins, environment)
         profiles[name] = read_profile(name, whole, where)
     default = general["default"]
     if default is not None and default not in profiles:
@@ -581,17 +585,27 @@ def _with_vault(
 
 
 def _with_account(
-    raw: dict[str, Any], account: Mapping[str, Any], environment: Mapping[str, str]
+    raw: dict[str, Any],
+    account: Mapping[str, Any],
+    sign_ins: Mapping[str, str],
+    environment: Mapping[str, str],
 ) -> dict[str, Any]:
     """Give a profile the account of AWS's that it needs."""
+
+    def whole(given: Mapping[str, Any]) -> Mapping[str, Any]:
+        other = given.keys() & {"profile", "role_arn"}  # than that of [aws]
+        shared = {k: v for k, v in account.items() if k == "region" or not other}
+        filled = aws.with_variables({**shared, **given}, environment)
+        return aws.with_login(filled, sign_ins, environment)
+
     for table, key in (("source", "type"), ("publish", "to")):
         given = raw.get(table)
         if not isinstance(given, dict):
             continue
         if given.get(key) == "aws":
-            raw = {**raw, table: aws.with_variables({**account, **given}, environment)}
+            raw = {**raw, table: whole(given)}
         elif _refers(given, "aws"):
-            raw = {**raw, "aws": aws.with_variables(account, environment)}
+            raw = {**raw, "aws": whole({})}
     return raw
 
 

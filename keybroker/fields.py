@@ -47,6 +47,7 @@ AWS_NAME = re.compile(r"[A-Za-z0-9/_+=.@!-]{1,512}")
 AWS_ARN = re.compile(
     r"arn:aws[a-z-]*:secretsmanager:([a-z0-9-]+):[0-9]{12}:secret:[A-Za-z0-9/_+=.@!-]{1,512}"
 )
+AWS_ROLE_ARN = re.compile(r"arn:aws[a-z-]*:iam::[0-9]{12}:role/[!-~]{1,512}")
 AWS_SECRET = re.compile(rf"(?:{AWS_ARN.pattern}|{AWS_NAME.pattern})")
 AWS_REFERENCE = re.compile(rf"{AWS_SECRET.pattern}(?:#{POINTER_TEXT.pattern})?")
 
@@ -169,6 +170,18 @@ def read_login_name(value: Any) -> Reference:
     if not _text(value):
         raise ValueError('expected the name of a [logins.NAME] table, such as "corp"')
     return Reference("login", str(value))
+
+
+def read_signed_in(value: Any) -> Reference:
+    """Read a reference to the token of a login."""
+    return read_reference(value, ("login",))
+
+
+def read_aws_role(value: Any) -> str:
+    """Read the ARN of a role of AWS's."""
+    if not _text(value) or not AWS_ROLE_ARN.fullmatch(value):
+        raise ValueError('expected the ARN of a role, such as "arn:aws:iam::123456789012:role/llm"')
+    return str(value)
 
 
 def read_vault_path(value: Any) -> str:
@@ -368,5 +381,7 @@ def _reference_schema(kinds: tuple[str, ...]) -> dict[str, Any]:
 REFERENCE = Kind(read_reference, _reference_schema(REFERENCES))
 LOCAL_REFERENCE = Kind(read_local_reference, _reference_schema(LOCAL))
 SIGNED_IN_REFERENCE = Kind(read_signed_in_reference, _reference_schema(SIGNED_IN))
+LOGIN_REFERENCE = Kind(read_signed_in, _reference_schema(("login",)))
+AWS_ROLE = Kind(read_aws_role, {"type": "string", "pattern": f"^{AWS_ROLE_ARN.pattern}$"})
 LOGIN = Kind(read_login_name, {"type": "string", "pattern": f"^{NAME.pattern}$"})
 TEXT_OR_REFERENCE = Kind(read_text_or_reference, {"oneOf": [TEXT.schema, LOCAL_REFERENCE.schema]})

@@ -158,6 +158,13 @@ LOGINS: dict[str, dict[str, Field]] = {
         "resource": Field(TEXT, "Whom the token is for (RFC 8707)."),
         "audience": Field(TEXT, "The same in the words of others, and of RFC 8693."),
     },
+    "aws-sso": {
+        **COMMON,
+        "session": Field(TEXT, "The [sso-session NAME] of ~/.aws/config."),
+        "start_url": Field(URL, "AWS's page of the company; the session's when absent."),
+        "region": Field(TEXT, "Where IAM Identity Center is; the session's when absent."),
+        "scopes": Field(TEXTS, "What is asked for; the session's when absent.", default=()),
+    },
     "openrouter": {
         **COMMON,
         **BROWSER,
@@ -180,6 +187,10 @@ LOGINS: dict[str, dict[str, Field]] = {
 
 def contradictions(kind: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the keys of a table that do not go together with the others, and why."""
+    if kind == "aws-sso" and settings["session"] is None:
+        for name in ("start_url", "region"):
+            if settings[name] is None:
+                yield name, "is missing; or name the session of ~/.aws/config that has it"
     if kind != "workload":
         return
     grant, jwt = settings["grant"], settings["jwt"]

@@ -23,7 +23,6 @@ from itertools import pairwise
 from typing import Any
 
 from keybroker import paths, sources
-from keybroker.aws import Account as Place
 from keybroker.config import Profile, load
 from keybroker.credential import Look, sha256
 from keybroker.errors import ConfigError, KeybrokerError, SourceInvalid, SourceUnavailable
@@ -34,6 +33,7 @@ from keybroker.sources.aws.account import Account
 from keybroker.sources.aws.secret import CURRENT, MARKED, NOT_THERE, PENDING, PREVIOUS, Kept
 from keybroker.sources.aws.store import move_current, put_pending, take_off_pending
 from keybroker.sources.held import Held
+from keybroker.values import replace
 
 CURRENT_ALREADY = "the version is current already"
 OVERTAKEN = "rotation: another version was made current meanwhile"
@@ -63,7 +63,7 @@ def handler(event: Mapping[str, Any], context: object = None) -> None:
     held = Held()
     assert profile.publish is not None, "which was looked at"
     assert profile.publish.account is not None, "it is at AWS"
-    account = Account.of(Place(profile.publish.account.profile, _region(secret)), held)
+    account = Account.of(replace(profile.publish.account, region=_region(secret)), held)
     kept = Kept(account, secret, profile.publish.settings["field"])
     try:
         with closing(sources.build(profile, os.environ, held)) as source:

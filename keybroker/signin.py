@@ -7,15 +7,16 @@ in a file of its own, sealed but for its header, which says who and until when.
 import json
 import os
 from collections.abc import Iterator, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from keybroker.credential import Issuer, Reference, sha256
+from keybroker import aws
+from keybroker.credential import Issuer, Reference, fingerprint, sha256
 from keybroker.document import Where
 from keybroker.errors import ConfigError
 from keybroker.fields import GITHUB, NAME, read_table_of, unknown
-from keybroker.values import dataclass, field
+from keybroker.values import dataclass, field, replace
 from keybroker.vault import check_place
 
 FOLDER = "logins"  # in the state directory
@@ -24,6 +25,11 @@ LARGEST_FILE = 1 << 18
 # keys of a table that say nothing of who signs in to what
 BESIDE = ("warn", "lasts", "timeout", "ca", "port", "redirect", "client_secret")
 GITHUB_VARIABLES = ("ACTIONS_ID_TOKEN_REQUEST_URL", "ACTIONS_ID_TOKEN_REQUEST_TOKEN")
+AWS_VARIABLES = (
+    *("AWS_CONFIG_FILE", "AWS_CA_BUNDLE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_SSO"),
+    *("AWS_ENDPOINT_URL_SSO_OIDC", "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS"),
+    *("AWS_USE_FIPS_ENDPOINT", "AWS_USE_DUALSTACK_ENDPOINT"),
+)
 TABLES_OF_TEXTS = ("metadata", "headers", "parameters")  # in which `login` is any word
 
 
@@ -62,10 +68,26 @@ class SignIn:
         return self.type == "workload"
 
     @property
+    def at_aws(self) -> str | None:
+        """By what AWS's own programs know it, who keep what it gives: a session, a start page."""
+        if self.type != "aws-sso":
+            return None
+        return str(self.settings["session"] or self.settings["start_url"])
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether there has to be something to seal with what it gives."""
+        return not self.unattended and self.at_aws is None
+
+    @property
     def variables(self) -> set[str]:
         """The variables of the environment that it needs."""
-        given = GITHUB_VARIABLES if self.settings.get("jwt") == GITHUB else ()
-        return {*self._named("env"), *given}
+        names = set(self._named("env"))
+        if self.settings.get("jwt") == GITHUB:
+            names.update(GITHUB_VARIABLES)
+        if self.at_aws is not None:
+            names.update(AWS_VARIABLES)
+        return names
 
     @property
     def files(self) -> list[str]:
@@ -139,7 +161,7 @@ def expanded(value: Any, logins: Mapping[str, SignIn], path: tuple[str, ...], wh
             if one not in logins:
                 known = ", ".join(logins) or "there is no [logins.NAME] table"
                 raise where.error((*path, key), f"no login has this name; {known}")
-            if problem := _unfit(logins[one].type, path[-1]):
+            if problem := _unfit(logins[one].type, path[-1], value.get("type", value.get("to"))):
                 raise where.error((*path, key), problem)
             found[key] = logins[one].text
         else:
@@ -147,12 +169,23 @@ def expanded(value: Any, logins: Mapping[str, SignIn], path: tuple[str, ...], wh
     return found
 
 
-def _unfit(kind: str, place: str) -> str:
-    """Say why a type of login is of no use in a table; nothing where it is."""
+def _unfit(kind: str, place: str, of: object) -> str:
+    """
+    Say why a type of login is of no use in a table; nothing where it is.
+
+    Args:
+        place: The table's name.
+        of: What type it says it is.
+    """
+    at_aws = place == "aws" or of == "aws"
     if kind == "vault" and place != "token":
         return 'a login of type vault is for [vault.auth]: method = "token"'
     if kind != "vault" and place == "token":
         return 'expected a login of type vault; the token of another is for method = "jwt"'
+    if kind == "aws-sso" and not at_aws:
+        return "a login of type aws-sso is for [aws]"
+    if kind != "aws-sso" and at_aws:
+        return "expected a login of type aws-sso; the token of another is for web_identity"
     return ""
 
 
@@ -164,6 +197,11 @@ def needed_by(issuer: Issuer) -> Iterator[SignIn]:
         for one in json.loads(issuer.vault).get("auth", {}).values():
             if isinstance(one, dict) and "login" in one:
                 yield read_text(one["login"])
+    if '"login"' in issuer.aws:
+        account = aws.read_text(issuer.aws)
+        for reference in (account.login, account.web_identity):
+            if reference is not None:
+                yield read_text(str(reference.value))
 
 
 # how a sign-in stands, as its file's header says
@@ -236,13 +274,52 @@ def file_of(state: Path, name: str) -> Path:
 
 def standing_of(state: Path, sign_in: SignIn) -> Standing | None:
     """Return how the sign-in by a table stands; None where there is none, or none by this one."""
+    found: Mapping[str, Any] = {}
+    standing = None
     try:
         with open(file_of(state, sign_in.name), "rb", opener=_no_follow) as file:
             found = json.loads(file.read(LARGEST_FILE))
         standing = decode_standing(found["standing"])
     except (OSError, ValueError, KeyError, TypeError):
+        pass
+    if standing is None or standing.mark != sign_in.mark:
+        standing = None
+    if sign_in.at_aws is not None:
+        return _standing_at_aws(sign_in, standing, str(found.get("client")))
+    return standing
+
+
+def _standing_at_aws(sign_in: SignIn, ours: Standing | None, client: str) -> Standing | None:
+    """
+    Return how a sign-in stands that AWS's own programs keep, renew, begin and end as well.
+
+    Args:
+        ours: How it was when we began it, by a client; of another it says nothing.
+    """
+    assert sign_in.at_aws is not None
+    found = aws.read_sign_in(sign_in.at_aws)
+    try:
+        if found is None:
+            return None
+        access_ends = _moment(found["expiresAt"])
+        registered = _moment(found.get("registrationExpiresAt", found["expiresAt"]))
+        written = datetime.fromtimestamp(os.path.getmtime(aws.sign_in_file(sign_in.at_aws)), UTC)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return standing if standing.mark == sign_in.mark else None
+    renewable = bool(found.get("refreshToken")) and registered > datetime.now(UTC)
+    if ours is None or client != client_of(found):
+        ours = Standing(sign_in.name, sign_in.type, sign_in.mark, "", written, written)
+    return replace(ours, refreshed_at=written, access_ends=access_ends, renewable=renewable)
+
+
+def client_of(found: Mapping[str, Any]) -> str:
+    """Tell one sign-in at AWS from another: each of ours is by a client of its own."""
+    return fingerprint(str(found.get("clientId")))
+
+
+def _moment(text: str) -> datetime:
+    found = datetime.fromisoformat(text.replace("UTC", "+00:00"))
+    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
 
 
 def _no_follow(path: str, flags: int) -> int:

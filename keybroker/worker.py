@@ -545,8 +545,9 @@ class Operations:
         from keybroker.login.tokens import NO_KEYRING, incoming
         from keybroker.signin import encode_standing, read_text
 
-        sign_in, store = read_text(login), self.held.sign_ins
-        if self.held.store is None and not sign_in.unattended:
+        sign_in = read_text(login)
+        store = logins.store_of(sign_in, self.held.sign_ins, self.state)
+        if self.held.store is None and sign_in.is_sealed:
             problem = f"login {sign_in.name}: nothing opens the sign-ins here"
             raise CacheLocked(problem, hint=NO_KEYRING)
         told = False
@@ -555,8 +556,9 @@ class Operations:
             tokens = given.load(sign_in)
             if tokens is None:
                 raise CacheError(f"login {sign_in.name}: what the sign-in gave is not there")
+            kept = tokens
             with store.alone(sign_in.name):
-                perform("sign_in", lambda: store.save(tokens))
+                perform("sign_in", lambda: store.save(kept))
             given.forget(sign_in.name)
         elif stage == "check":  # whether one could be kept
             return {"told": False}

@@ -266,7 +266,7 @@ class _Desk:
             )
             return found
         opened = self._call("unlock", SIGN_SECONDS, kind=self._config.cache_key)
-        if opened["key"] is None and not self._sign_in.unattended:
+        if opened["key"] is None and self._sign_in.is_sealed:
             raise CacheLocked(
                 f"login {self._sign_in.name}: a sign-in can be kept nowhere: {opened['origin']}",
                 hint='unlock the keyring, or set key = "file" in a table [cache]',

@@ -8,6 +8,7 @@ sign-in of whoever comes second.
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 
 from keybroker.credential import Secret
 from keybroker.errors import CacheError, CacheUnreadable, LoginNeeded, SourceError
@@ -39,6 +40,10 @@ def provider_of(sign_in: SignIn, environment: Mapping[str, str]) -> Provider:
         from keybroker.login.vault import VaultLogin
 
         return VaultLogin(sign_in, environment)
+    if sign_in.type == "aws-sso":
+        from keybroker.login.aws import IdentityCenter
+
+        return IdentityCenter(sign_in, environment)
     if sign_in.type == "openrouter":
         from keybroker.login.openrouter import OpenRouter
 
@@ -46,6 +51,15 @@ def provider_of(sign_in: SignIn, environment: Mapping[str, str]) -> Provider:
     from keybroker.login.oidc import Oidc
 
     return Oidc(sign_in, environment)
+
+
+def store_of(sign_in: SignIn, sealed: Store, state: Path) -> Store:
+    """Return where a sign-in is kept: sealed with all others, or where AWS's programs look."""
+    if sign_in.at_aws is None:
+        return sealed
+    from keybroker.login.aws import AwsCache
+
+    return AwsCache(state, sign_in)
 
 
 def current(

@@ -30,9 +30,16 @@ import botocore.utils  # type: ignore[import-untyped]
 
 from keybroker import __version__
 from keybroker.aws import Account as Place
-from keybroker.aws import session_of
-from keybroker.credential import Secret, Session
-from keybroker.errors import KeybrokerError, SourceDenied, SourceError, SourceInvalid
+from keybroker.aws import read_sign_in, session_of
+from keybroker.credential import Reference, Secret, Session
+from keybroker.errors import (
+    KeybrokerError,
+    LoginNeeded,
+    SourceDenied,
+    SourceError,
+    SourceInvalid,
+)
+from keybroker.signin import client_of, read_text
 from keybroker.sources.aws.refusals import (
     ENDED,
     KMS,
@@ -41,6 +48,7 @@ from keybroker.sources.aws.refusals import (
     SET_THE_CLOCK,
     SIGN_IN,
     UNUSABLE,
+    WEB_IDENTITY,
     Problem,
     facts,
     is_about_the_call,
@@ -49,6 +57,7 @@ from keybroker.sources.aws.refusals import (
     of_exception,
 )
 from keybroker.sources.held import Held
+from keybroker.sources.signed_in import read_reference
 from keybroker.values import dataclass, field, replace
 
 # Another try is the broker's to make, who knows when a key ends.
@@ -59,6 +68,7 @@ CALLS = botocore.config.Config(
     user_agent_extra=f"keybroker/{__version__}",
 )
 IDENTITY = botocore.config.Config(connect_timeout=1, read_timeout=1)
+NO_PROFILE = {"profile": (None, None, None, None)}  # no variable names one
 PROGRAM_SECONDS = 5.0  # the longest that a credential_process may take
 MOST_AT_ONCE = 20  # secrets in one BatchGetSecretValue
 FORESEEN_FOR = timedelta(seconds=10)  # then it is asked for anew
@@ -128,6 +138,7 @@ class Account:
 
     def __init__(self, place: Place, held: Held) -> None:
         self._place = place
+        self._held = held
         self.who = f"aws: {place}"
         self._kept = _Kept(held, session_of(place.text))
         self._core: Any = None
@@ -257,9 +268,12 @@ class Account:
 
     def _connected(self) -> Any:
         """Return the client; who we are is found out first, where a failure can be named."""
+        if self._place.login is not None and self._kept.is_of_another(_signed_in(self._place)):
+            self.close()
         if self._client is not None:
             return self._client
-        self._core = core = botocore.session.Session()
+        by_login = self._place.web_identity is not None
+        self._core = core = botocore.session.Session(NO_PROFILE if by_login else None)
         core.set_default_client_config(CALLS)
         try:
             session = boto3.session.Session(
@@ -268,9 +282,12 @@ class Account:
                 region_name=self._place.region,
             )
             self.who = f"aws: {replace(self._place, region=session.region_name)}"
-            chain = botocore.credentials.create_credential_resolver(
-                core, cache=self._kept, region_name=session.region_name
-            )
+            if self._place.web_identity is None:
+                chain = botocore.credentials.create_credential_resolver(
+                    core, cache=self._kept, region_name=session.region_name
+                )
+            else:
+                chain = _chain.CredentialResolver([self._by_login(self._place.web_identity)])
             core.register_component("credential_provider", chain)
         except (*STUMBLES, OSError) as error:
             raise self._unusable(error) from None
@@ -290,6 +307,21 @@ class Account:
         except (*STUMBLES, OSError) as error:
             raise self._unusable(error) from None
         return self._client
+
+    def _by_login(self, login: Reference) -> Any:
+        """Return what takes the role with the token of a login, read anew each time."""
+
+        def token() -> str:
+            return read_reference(login, os.environ, self._held).reveal()
+
+        fetcher = _chain.AssumeRoleWithWebIdentityCredentialFetcher(
+            client_creator=self._core.create_client,
+            web_identity_token_loader=token,
+            role_arn=self._place.role_arn,
+            extra_args={"RoleSessionName": "keybroker"},
+            cache=self._kept,
+        )
+        return _ByLogin(fetcher)
 
     def _unusable(self, error: Exception) -> Exception:
         """Return what to raise when botocore stumbles over a value that a file or variable has."""
@@ -374,6 +406,10 @@ class Account:
         """Say why STS, or the sign-in, gave no credentials."""
         role = self._role()
         self.close()
+        if is_denial(code, status) and self._place.web_identity is not None:
+            words = f"the token of {self._place.web_identity} does not give {role}"
+            hint = "see whom it is for, and the role's trust: the provider, audience and subject"
+            return self.error("", Problem(SourceDenied, words, hint))
         if is_denial(code, status) and asked.startswith("AssumeRole"):
             words = f"its credentials may not assume {role}"
             hint = "allow it sts:AssumeRole, and have the role trust it; see ~/.aws/config"
@@ -382,6 +418,9 @@ class Account:
             hint = "see sso_account_id and sso_role_name in ~/.aws/config"
             return self.error("", Problem(SourceDenied, "its sign-in has no such role", hint))
         problem = _with_clock(of_answer(code, status, facts(error.response)[2]), error)
+        if self._place.web_identity is not None and problem.hint == WEB_IDENTITY:
+            hint = f"see the token of {self._place.web_identity}: who made it, and for whom"
+            problem = replace(problem, hint=hint)
         if problem.kind is SourceInvalid:
             problem = replace(problem, hint=f"see {role} and its settings in ~/.aws/config")
         if problem.kind is not SourceDenied:
@@ -390,6 +429,8 @@ class Account:
 
     def _role(self) -> str:
         """Return the role that is assumed, if it is plain which."""
+        if self._place.role_arn is not None:
+            return self._place.role_arn
         settings = self._settings()
         role = settings.get("role_arn") or os.environ.get("AWS_ROLE_ARN")
         first = settings.get("source_profile")
@@ -415,6 +456,9 @@ class Account:
 
     def _for_us(self, problem: Problem) -> Problem:
         """Name the profile in what is to be typed, and a credential_process that is ourselves."""
+        if problem.hint == SIGN_IN and self._place.login is not None:
+            name = read_text(str(self._place.login.value)).name
+            return replace(problem, kind=LoginNeeded, hint=f"run: keybroker login {name}")
         if problem.hint == SIGN_IN and self._place.profile is not None:
             return replace(problem, hint=f"{SIGN_IN} --profile {self._place.profile}")
         if "credential_process" in problem.words and self._asks_itself():
@@ -429,11 +473,44 @@ class Account:
         return False
 
 
+class _ByLogin(botocore.credentials.CredentialProvider):  # type: ignore[misc]
+    """The only link of a chain: whatever else is found here is not who we are."""
+
+    METHOD = "assume-role-with-web-identity"
+
+    def __init__(self, fetcher: Any) -> None:
+        super().__init__()
+        self._fetcher = fetcher
+
+    def load(self) -> Any:
+        """Return credentials that are fetched when they are needed."""
+        return botocore.credentials.DeferredRefreshableCredentials(
+            method=self.METHOD, refresh_using=self._fetcher.fetch_credentials
+        )
+
+
+def _signed_in(place: Place) -> str:
+    """Tell the sign-in that there is at AWS from another; empty where nobody is signed in."""
+    assert place.login is not None, "it is asked of such alone"
+    found = read_sign_in(str(read_text(str(place.login.value)).at_aws))
+    return "" if found is None else client_of(found)
+
+
 class _Kept(MutableMapping[str, Any]):
     """What botocore keeps of roles and sign-ins, as one session that the broker has."""
 
     def __init__(self, held: Held, name: str) -> None:
         self._held, self._name = held, name
+        self._of = ""  # whose sign-in it came of
+
+    def is_of_another(self, sign_in: str) -> bool:
+        """Go on with a sign-in; say whether what was kept came of another, which is let go."""
+        self._of = sign_in
+        known = self._held.get(self._name)
+        if known.secret is None or known.material == sign_in:
+            return False
+        self.forget()
+        return True
 
     def __getitem__(self, key: str) -> Any:
         return self._read()[key]
@@ -447,7 +524,9 @@ class _Kept(MutableMapping[str, Any]):
             secret = Secret(b64encode(text.encode()).decode())
         ends = max(map(_end, json.loads(text).values()))
         now = datetime.now(UTC)
-        self._held.put(Session(self._name, secret=secret, issued_at=now, expires_at=ends))
+        self._held.put(
+            Session(self._name, secret=secret, issued_at=now, expires_at=ends, material=self._of)
+        )
 
     def forget(self) -> None:
         """Keep nothing: AWS does not take it any more."""

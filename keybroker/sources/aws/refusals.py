@@ -26,6 +26,7 @@ SKEWED = re.compile(r"signature (?:expired|not yet current)|too skewed|not yet v
 SIGN_IN = "type: aws sso login"  # and --profile, where there is one
 LOG_IN = "type: aws login"
 SET_THE_CLOCK = "set the clock"
+WEB_IDENTITY = "see AWS_WEB_IDENTITY_TOKEN_FILE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +195,7 @@ PROVIDERS: dict[str, Problem] = {
     ),
     "sso": Problem(SourceDenied, "its sign-in cannot be used", SIGN_IN),
     "assume-role-with-web-identity": Problem(
-        ConfigError, "its web identity token cannot be read", "see AWS_WEB_IDENTITY_TOKEN_FILE"
+        ConfigError, "its web identity token cannot be read", WEB_IDENTITY
     ),
 }
 UNUSABLE = Problem(
@@ -208,6 +209,7 @@ ENDED = Problem(
 
 _EXPIRED = Problem(SourceDenied, "the credentials have ended", _CREDENTIALS)
 _UNKNOWN = Problem(SourceDenied, "the credentials are not known", _CREDENTIALS)
+_TOKEN = Problem(SourceDenied, "the web identity token was refused", WEB_IDENTITY)
 _SIGNATURE = Problem(SourceDenied, "the secret access key is wrong", _CREDENTIALS)
 _THROTTLED = Problem(SourceUnavailable, "asks to wait", retry_after=THROTTLED)
 _FAILED = Problem(SourceUnavailable, "failed", unknown=True)
@@ -231,12 +233,8 @@ CODES: dict[str, Problem] = {
     "OptInRequired": Problem(
         SourceDenied, "the account is not signed up for this service", "see region"
     ),
-    "InvalidIdentityToken": Problem(
-        SourceDenied, "the web identity token was refused", "see AWS_WEB_IDENTITY_TOKEN_FILE"
-    ),
-    "IDPRejectedClaim": Problem(
-        SourceDenied, "the web identity token was refused", "see AWS_WEB_IDENTITY_TOKEN_FILE"
-    ),
+    "InvalidIdentityToken": _TOKEN,
+    "IDPRejectedClaim": _TOKEN,
     "IDPCommunicationError": Problem(SourceUnavailable, "could not reach who issued the token"),
     "ThrottlingException": _THROTTLED,
     "Throttling": _THROTTLED,
