@@ -21,6 +21,7 @@ from keybroker.credential import Secret
 from keybroker.devgateway import DevGateway
 from keybroker.document import Where
 from keybroker.errors import ConfigError, LoginNeeded
+from keybroker.login.loopback import read_answer
 from keybroker.login.provider import now
 from keybroker.login.tokens import Store, Tokens
 from keybroker.login.vault import VaultLogin
@@ -33,6 +34,7 @@ from keybroker.vault import read_vault
 from tests.canaries import Canaries
 from tests.resident import Resident, until
 from tests.servers.browser import Browser, command
+from tests.servers.database import Database
 from tests.servers.faults import DropBeforeCommit, Faults
 from tests.servers.oidc import Oidc
 from tests.servers.processes import Port
@@ -254,6 +256,41 @@ def test_a_claim_that_is_not_bound_is_said_on_the_page_too(person: Resident, pla
     assert (page.status, "does not take what the token says" in page.text) == (400, True)
 
 
+def test_people_sign_in_within_a_namespace(place: Place, oidc: Oidc) -> None:
+    """All that is asked is asked there: where to sign in, for the token, who it is, its end."""
+    space = place.bao.namespace(f"eng-{secrets.token_hex(4)}")
+    client = oidc.register(place.back, application_type="native")
+    config = {
+        "oidc_discovery_url": oidc.issuer,
+        "oidc_client_id": client.id,
+        "oidc_client_secret": client.secret,
+    }
+    role = {
+        "role_type": "oidc",
+        "user_claim": "email",
+        "oidc_scopes": ["email"],
+        "token_policies": ["default"],
+        "allowed_redirect_uris": [place.back],
+    }
+    place.bao.do("POST", "sys/auth/sso", {"type": "oidc"}, space)
+    place.bao.do("POST", "auth/sso/config", config, space)
+    place.bao.do("POST", "auth/sso/role/dev", role, space)
+    where = {"address": place.bao.url, "namespace": space, "mount": "sso"}
+    raw = {"type": "vault", "role": "dev", "port": place.port, **where}
+    with closing(VaultLogin(read_login("corp", raw, Where({}, "test")), {})) as provider:
+        assert provider.flows == ("browser",)
+        visit = provider.browser(place.back)
+        answer = read_answer(Browser(before=place.back).open(visit.url).url)
+        given = visit.redeem(answer)
+        renewed = provider.refresh(given)
+        told = provider.revoke(renewed)
+
+    assert (given.standing.who, renewed.access, told) == (OURS, given.access, True)
+    token = given.access.reveal()
+    looked = place.bao.ask("GET", "auth/token/lookup-self", token=token, namespace=space)
+    assert looked.status == 403
+
+
 # With a code
 
 
@@ -307,7 +344,7 @@ def test_the_token_is_renewed_until_its_maximum_and_then_a_person_is_needed(
     person: Resident, place: Place, key: str
 ) -> None:
     """`whoami` follows each renewal; at the end there is no loop, no window, and the key lives."""
-    place.role("short", token_ttl="3s", token_max_ttl="7s")
+    place.role("short", token_ttl="8s", token_max_ttl="16s")
     gateway = person_url(person)
     person.configure(place.table("short") + source(gateway, place.kv.path("llm"), 'poll = "1s"'))
     assert person.cli("login")[0] == 0
@@ -362,6 +399,37 @@ def test_signing_out_ends_the_token_at_vault(person: Resident, place: Place, key
     assert (status, said) == (77, "")
     assert "run: keybroker login corp" in shown
     assert person.cli("logout") == (0, "Nobody was signed in to corp.\n", "")
+
+
+def test_what_was_leased_is_revoked_before_the_token(
+    person: Resident, place: Place, database: Database
+) -> None:
+    """With the token that made it; also after a restart, when only the journal knows of it."""
+    path = database.dynamic_role(f"role-{place.mount}", "1h", "2h")
+    rules = {path: ["read"], "sys/leases/revoke": ["update"], "sys/leases/renew": ["update"]}
+    place.role("leases", token_policies=["default", place.bao.policy(f"l-{place.mount}", rules)])
+    table = 'engine = "dynamic"\nfield = "password"'
+    settings = 'verify = "none"\nhold = "1s"'
+    before = database.users()
+    person.configure(
+        place.table("leases") + source("http://127.0.0.1:9", path, table, settings, "leased")
+    )
+    assert person.cli("login")[0] == 0
+    until(lambda: person.helper("leased")[1])
+    assert len(database.users() - before) == 1
+    person.kill()
+    person.start()
+    began = len(place.bao.audit_entries())
+    done = person.cli("logout")
+
+    assert done == (0, "Signed out of corp. 1 key revoked.\n", "")
+    until(lambda: database.users() == before)
+    asked = [
+        one["request"]["path"]
+        for one in place.bao.audit_entries()[began:]
+        if one["type"] == "request" and "revoke" in one["request"]["path"]
+    ]
+    assert asked == ["sys/leases/revoke", "auth/token/revoke-self"]
 
 
 def test_signing_out_by_force_leaves_nothing_to_ask_with(

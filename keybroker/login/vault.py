@@ -200,7 +200,9 @@ class VaultLogin(Base):
         data = self._looked(token)
         # one that may not look at itself cannot be told from a dead one later
         renewable = life is not None and auth.get("renewable") is True and bool(data)
-        who = shown(data.get("display_name")).removeprefix(f"{self._settings['mount']}-")
+        space, mount = self._settings["namespace"], f"{self._settings['mount']}-"
+        before = mount if space is None else f"{space}-auth-{mount}"
+        who = shown(data.get("display_name")).removeprefix(before.replace("/", "-"))
         return self._made(
             token,
             reply.asked_at,
