@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +26,7 @@ from keybroker.paths import Disk
 from tests.patched import daemon_with
 from tests.people import Person
 from tests.resident import Resident, until
-from tests.servers.faults import PauseResponse, Status
+from tests.servers.faults import Status
 from tests.servers.keyring import Keyring
 from tests.servers.oidc import Oidc
 from tests.test_time import LIBRARIES
@@ -77,12 +76,12 @@ def renewals(ada: Person) -> int:
 # One at a time
 
 
-def race(ada: Person, patch: str = "") -> list[str]:
+def race(ada: Person) -> list[str]:
     """Have processes find at the same moment that the token has ended; return what each has."""
     wrap = (ada.here.state / paths.WRAP_KEY).read_text().strip()
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", f"{patch}\n{RENEW}"],
+            [sys.executable, "-c", RENEW],
             env=ada.here.environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -112,24 +111,6 @@ def test_of_processes_that_renew_at_once_one_asks_the_provider(ada: Person) -> N
     ada.forget_what_was_asked()
     assert set(race(ada)) == {ada.held.access.fingerprint}
     assert renewals(ada) == 1
-
-
-def test_without_the_lock_the_sign_in_would_be_over(ada: Person) -> None:
-    """What the lock is for: two that use one refresh token end it for everybody."""
-    ada.arrive(age=3600)
-    ada.forget_what_was_asked()
-    held = PauseResponse()
-    ada.provider.front.next(held, path="/token")
-    patch = (
-        "import contextlib\nfrom keybroker.login import tokens\n"
-        "tokens.Store.alone = lambda *_: contextlib.nullcontext()\n"
-    )
-    waiting = threading.Thread(target=lambda: (held.reached.wait(10), held.release.set()))
-    waiting.start()
-    found = race(ada, patch)
-    waiting.join()
-    assert renewals(ada) > 1
-    assert "" in found  # somebody has none
 
 
 def test_a_process_that_hangs_keeps_others_for_a_while_only(ada: Person) -> None:
@@ -183,7 +164,7 @@ def test_the_current_key_serves_until_it_dies_and_then_a_person_is_needed(
     """The provider is asked once, one line says what to type, and nothing opens by itself."""
     ada.client = oidc.register(public=True, access_seconds=30).id
     ada.configure()
-    ada.arrive(age=14)  # not to be used any more in 10 s
+    ada.arrive(age=16)  # not to be used any more in 8 s
     ada.forget_what_was_asked()
     ada.here.start()
     key = until(lambda: ada.here.helper()[1])
@@ -199,7 +180,7 @@ def test_the_current_key_serves_until_it_dies_and_then_a_person_is_needed(
     why = f"login corp: {host} has ended the sign-in"
     until(lambda: ada.here.helper()[0] != 0)
     line = f"keybroker: work: {why}; run: keybroker login corp\n"
-    for _ in range(5):
+    for _ in range(3):
         assert ada.here.helper() == (77, "", line)
     ada.cli("reload")
     ada.cli("rotate")
@@ -225,9 +206,9 @@ def test_a_refresh_token_that_somebody_else_used_ends_it_once(ada: Person, opene
     ada.forget_what_was_asked()
     ada.here.start()
     until(lambda: "has ended the sign-in; run: keybroker login corp" in ada.here.helper()[2])
-    for _ in range(5):
-        assert ada.here.helper()[0] == 77
+    for _ in range(2):
         ada.cli("reload")
+        assert ada.here.helper()[0] == 77
     assert renewals(ada) == 1
 
 
@@ -240,8 +221,8 @@ def test_a_provider_that_is_down_ends_nothing(ada: Person, opened: Path) -> None
         ada.forget_what_was_asked()
         ada.here.start()
         assert until(lambda: ada.here.helper()[1]) == old
-        until(lambda: ada.here.row()["trouble"])
-        ada.cli("rotate")
+        assert ada.cli("rotate")[0] == 75
+        assert ada.here.row()["trouble"]
         assert ada.here.helper() == (0, old, "")
         assert 1 <= len(ada.asked("/.well-known/openid-configuration")) <= 4
     finally:
@@ -377,7 +358,7 @@ def test_a_daemon_whose_keyring_is_locked_goes_on_when_it_is_not(ada: Person) ->
         keyring.lock()
         with keyring.nobody_at_the_dialog() as dialog:
             ada.here.start()
-            assert ada.here.helper()[:2] == (69, "")
+            assert until(lambda: ada.here.row()["code"]) == "cache-locked"
             assert "BeginPrompting" not in dialog.tail()
         keyring.unlock()
         ada.cli("reload")
@@ -385,12 +366,6 @@ def test_a_daemon_whose_keyring_is_locked_goes_on_when_it_is_not(ada: Person) ->
 
 
 # Clocks
-
-
-@pytest.fixture(params=[-7200, -45, 0, 45, 7200])
-def skew(request: pytest.FixtureRequest) -> int:
-    found: int = request.param
-    return found
 
 
 def wrong_clock(seconds: int) -> dict[str, str]:
@@ -411,6 +386,7 @@ pool.PASSED_ON |= {name for name in os.environ if name.startswith(("LD_PRELOAD",
 """
 
 
+@pytest.mark.parametrize("skew", [-7200, -45, 45, 7200])
 def test_a_clock_that_is_wrong_is_found_out_when_somebody_signs_in(ada: Person, skew: int) -> None:
     """A little does not matter. With more, the message says where to look."""
     there = ada.here.environment
@@ -430,6 +406,7 @@ def test_a_clock_that_is_wrong_is_found_out_when_somebody_signs_in(ada: Person, 
     )
 
 
+@pytest.mark.parametrize("skew", [-7200, 7200])
 def test_a_clock_that_is_wrong_keeps_nobody_from_keys(ada: Person, skew: int) -> None:
     """Who has signed in gets them all the same: lives are counted, not compared."""
     ada.arrive()

@@ -240,6 +240,8 @@ class _Desk:
         self._sign_in = sign_in
         self._state = state()
         self._pool = Pool(self._state, os.environ, None, variables(config))
+        # as long as we live: Ctrl-C would be lost in the end of what stands for it
+        self._browser: subprocess.Popen[bytes] | None = None
 
     def close(self) -> None:
         self._pool.close(at_once=True)
@@ -302,7 +304,7 @@ class _Desk:
         else:
             say("Your browser opens to sign in. If it does not, open this address:")
             say(f"\n{found['url']}\n")
-            _open(found["url"])
+            self._browser = _open(found["url"])
 
     def _wait(self, *, paste: bool) -> Mapping[str, Any]:
         """Return what the sign-in gave, when it is done."""
@@ -321,10 +323,10 @@ class _Desk:
                     return found
 
 
-def _open(url: str) -> None:
+def _open(url: str) -> "subprocess.Popen[bytes]":
     """Open a window. What a browser prints, and our Ctrl-C, are not for one another."""
     nothing = subprocess.DEVNULL
-    subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-I", "-m", "webbrowser", url],
         stdin=nothing,
         stdout=nothing,
