@@ -372,6 +372,11 @@ class Profile:
         for name, url in places:
             if url and url.startswith("http://") and not is_loopback(url):
                 found.append(f"profiles.{self.name}.{name}: http:// sends keys in clear")
+        for sign_in in self.logins:
+            for name in ("issuer", "url", "address", "token_url"):
+                url = sign_in.settings.get(name)
+                if url and url.startswith("http://") and not is_loopback(url):
+                    found.append(f"logins.{sign_in.name}.{name}: http:// sends tokens in clear")
         if self.publish is not None and self.hold < 2 * self.publish.settings["poll"]:
             found.append(
                 f"profiles.{self.name}.hold: shorter than two of its readers' looks "

@@ -529,6 +529,26 @@ def test_clear_text_on_this_machine_is_no_warning(host: str) -> None:
     assert profile(head=f"base_url = 'http://{host}'\n").warnings == ()
 
 
+@pytest.mark.parametrize(
+    ("issuer", "warned"),
+    [
+        ("https://login.example.com", ()),
+        ("http://127.0.0.1:4455", ()),
+        (
+            "http://login.example.com",
+            ("logins.corp.issuer: http:// sends tokens in clear",),
+        ),
+    ],
+)
+def test_a_sign_in_without_tls_is_a_warning(issuer: str, warned: tuple[str, ...]) -> None:
+    """Of each profile that is had with it."""
+    text = (
+        f"[logins.corp]\ntype = 'oidc'\nissuer = '{issuer}'\n[profiles.work]\n{HEAD}"
+        "[profiles.work.source]\ntype = 'login'\nlogin = 'corp'\n"
+    )
+    assert read(text).profile("work").warnings == warned
+
+
 def test_one_variable_names_another_file() -> None:
     """KEYBROKER_CONFIG stands for all other files; without it, the system's and the user's."""
     home = {"HOME": "/home/me"}
