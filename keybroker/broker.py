@@ -1329,7 +1329,9 @@ def _rounded(due: datetime, at_work: _Profile, instance: str) -> datetime:
         return due
     seconds = 1.0
     current = slots.current
+    ends = None if current is None else current.lease.expires_at
     good = current is not None and current.refused_at is None and not current.condemned
+    good = good and (ends is None or due < ends)
     calm = good and slots.failures == 0 and slots.next is None and not slots.rotate
     reread_at = None if current is None else current.lease.reread_at
     named = reread_at is not None and reread_at <= due  # its keeper chose the moment

@@ -65,6 +65,9 @@ CACHE = {
         default="auto",
     ),
 }
+HOOKS = {
+    "login_ending": Field(COMMAND, "Told ahead of the end of a sign-in, and at its end."),
+}
 PROFILE = {
     "base_url": Field(
         URL,
@@ -402,6 +405,7 @@ class Config:
     cache_key: str
     files: tuple[Path, ...]
     logins: Mapping[str, SignIn] = field(default_factory=dict)
+    hooks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by event
 
     def profile(self, name: str | None) -> Profile:
         """
@@ -555,7 +559,9 @@ def parse(
     default = general["default"]
     if default is not None and default not in profiles:
         raise where.error(("default",), "no profile has this name")
-    return Config(profiles, default, cache["key"], files, logins)
+    hooks = read_table_of(_dict(tables, "hooks", where), HOOKS, ("hooks",), where)
+    named = {event: command for event, command in hooks.items() if command is not None}
+    return Config(profiles, default, cache["key"], files, logins, named)
 
 
 def _located(

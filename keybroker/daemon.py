@@ -66,6 +66,7 @@ UNLOCK_SECONDS = (60.0, 3600.0)  # between two looks at a locked keyring: at fir
 ACT_SECONDS = 20.0  # for a command's request
 BORROWED_SECONDS = 0.1  # between two looks whether the lock is free again
 COMPACT_SECONDS = 30.0
+HOOK_SECONDS = 20.0  # a worker's hard timer; the program gets less
 MEND_SECONDS = 0.5  # until guidance that somebody removed is written anew; it may all be going
 LISTEN_SECONDS = 2.0  # between two tries to listen where that cannot be done for now
 MOST_WRITTEN = 10 * COMPACT_ABOVE  # records; then nothing is begun until the journal is compacted
@@ -82,6 +83,7 @@ OVER = "its program has ended"
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # what most daemons are never asked for costs them nothing
+    from keybroker.endings import Ending, Endings
     from keybroker.runs import Runs
 
 
@@ -125,6 +127,8 @@ class Daemon:
         self._runs: Runs | None = None
         self._claim_until: float | None = math.inf  # None: nobody is waited for any more
         document.forget_reader()
+        self._endings = self._logins_that_end()
+        self._hooked: set[int] = set()  # requests to tell a program
         self._pool = Pool(state, os.environ, begun.lock)
         self._broker: Broker | None = None
         self._name_variables()
@@ -245,6 +249,8 @@ class Daemon:
                 wake.append(now + (due - self._clock.read().wall).total_seconds())
         if self._broker is not None:
             self._tell_news(self._broker)
+        if self._endings is not None and self._ends_at is None:
+            wake.append(now + self._tell_endings(self._endings))
         if now >= self._unlock_at and not self._ownership.promised:
             self._open_cache()
         if now >= self._listen_at:
@@ -328,6 +334,11 @@ class Daemon:
                     self._log.once("warning", answer.error.message, about="compaction")
             elif answer.id in self._signing:
                 self._signing[answer.id] = answer
+                self._look_at_endings()
+            elif answer.id in self._hooked:
+                self._hooked.discard(answer.id)
+                if answer.error is not None:
+                    self._log.say("warning", answer.error.message)
             elif answer.id == self._following:
                 self._following = None
                 if answer.error is not None:
@@ -515,6 +526,7 @@ class Daemon:
         self._file = fresh
         self._files.off.clear()
         if changed:
+            self._endings = self._logins_that_end()
             self._log.say("info", f"configuration read, {len(fresh.profiles)} profiles")
         self._use()
         if cache_changed:
@@ -557,6 +569,7 @@ class Daemon:
                 if one.what == "replaced" and profile is not None and profile.push:
                     self._push.replaced(time.monotonic())
             elif one.what == "trouble":
+                self._look_at_endings()  # a sign-in may be what ended
                 self._log.once("warning", one.text, one.profile, about="trouble")
             elif one.what == "recovered":
                 self._log.over("works again", one.profile, about="trouble")
@@ -565,6 +578,45 @@ class Daemon:
                 self._log.say("error", text, one.profile)
         if news:
             listening.notify(f"STATUS={self._summary(broker)}")
+
+    def _logins_that_end(self) -> "Endings | None":
+        """Return who knows when sign-ins end, where there are any."""
+        if not self._file.logins:
+            return None
+        from keybroker.endings import Endings
+
+        return Endings(self._state, self._file)
+
+    def _look_at_endings(self) -> None:
+        if self._endings is not None:
+            self._endings.hurry()
+
+    def _soon(self) -> "dict[str, Ending]":
+        return {} if self._endings is None else self._endings.soon
+
+    def _tell_endings(self, endings: "Endings") -> float:
+        """Say which sign-ins end, once each; return the seconds until it is due again."""
+        from keybroker.endings import EVENT, file_of_told
+
+        wall = self._clock.read().wall
+        command = self._file.hooks.get(EVENT)
+        for one in endings.look(wall):
+            self._something_changed()
+            if not one.standing.ended:  # which its profiles say
+                self._log.say("warning", f"{one.text}; run: {one.command}")
+            if command is not None:
+                file = file_of_told(self._state, one.login)
+                number = self._pool.send(
+                    "hooks",
+                    "hook",
+                    HOOK_SECONDS,
+                    command=command,
+                    facts=one.facts,
+                    file=str(file),
+                    mark=one.mark,
+                )
+                self._hooked.add(number)
+        return (endings.due - wall).total_seconds()
 
     def _summary(self, broker: Broker) -> str:
         ready = sum(broker.credential(name) is not None for name in self._config.profiles)
@@ -646,7 +698,7 @@ class Daemon:
             return "keybroker ! no such profile"
         if self._broker is None:
             return f"{profile.name} starting"
-        [row] = standing.rows(self._broker, [profile])
+        [row] = standing.rows(self._broker, [profile], self._soon())
         locked = self._broker.locked and self._config.cache_key != "memory"
         return standing.glance(row, locked=locked)
 
@@ -655,7 +707,7 @@ class Daemon:
         return {
             "daemon": self._who(),
             "cache": self._origin,
-            "profiles": standing.rows(broker, known.values()),
+            "profiles": standing.rows(broker, known.values(), self._soon()),
             "unconfigured": standing.unconfigured(broker, known),
             "runs": [run.row() for run in self._runs or ()],
             "push": {"known": self._files.known(), "off": self._files.off},

@@ -445,7 +445,8 @@ def _replacement(slots: Slots, policy: Policy, now: datetime) -> Iterator[tuple[
         assert current is not None
         unpublished = policy.publishes and current.base is None  # others have none yet
         if current.refused_at is None and not unpublished:
-            wanted = stale_at(current, policy)
+            # whoever keeps it may have said when another one is to be had
+            wanted = stale_at(current, policy) if current.lease.reread_at is None else None
     if policy.kind is Kind.FOLLOWED:
         if slots.polled_at is not None:
             regular = slots.polled_at + policy.poll - slack(policy)

@@ -20,6 +20,7 @@ from keybroker.values import dataclass, field, replace
 from keybroker.vault import check_place
 
 FOLDER = "logins"  # in the state directory
+SIGNED_OUT = "it was signed out"
 VERSION = 1  # of a file in it
 LARGEST_FILE = 1 << 18
 # keys of a table that say nothing of who signs in to what

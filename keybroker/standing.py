@@ -1,7 +1,7 @@
 """How every profile stands, as plain values: what `status` shows, with a daemon or without."""
 
 from collections.abc import Iterable, Mapping
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from keybroker import rotation
@@ -12,6 +12,10 @@ from keybroker.guidance import environment, ttl_reason
 from keybroker.journal import write_time
 from keybroker.rotation import Kind, Policy
 from keybroker.slots import Key, Open, Slots
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # most daemons have no use for it
+    from keybroker.endings import Ending
 
 _WORDS: dict[type, str] = {
     rotation.Issue: "mint a new key",
@@ -30,6 +34,7 @@ _WORDS: dict[type, str] = {
 # What only a person can mend, by the code of the error that it shows as.
 _PEOPLE = {
     "denied": "denied",
+    "login": "login needed",
     "invalid": "no usable key",
     "config": "configuration",
     "cache": "cache",
@@ -39,9 +44,16 @@ _PEOPLE = {
 }
 
 
-def rows(broker: Broker, profiles: Iterable[Profile]) -> list[dict[str, Any]]:
-    """Return one row a profile; times are ISO 8601 in UTC, lengths in seconds."""
-    return [_row(broker, profile) for profile in profiles]
+def rows(
+    broker: Broker, profiles: Iterable[Profile], soon: Mapping[str, "Ending"] | None = None
+) -> list[dict[str, Any]]:
+    """
+    Return one row a profile; times are ISO 8601 in UTC, lengths in seconds.
+
+    Args:
+        soon: The sign-ins that end, by login.
+    """
+    return [{**_row(broker, one), "sign_in": _sign_in(one, soon or {})} for one in profiles]
 
 
 def unconfigured(broker: Broker, known: Iterable[str]) -> list[dict[str, Any]]:
@@ -65,15 +77,20 @@ def needs(row: Mapping[str, Any], *, locked: bool) -> tuple[str, str] | None:
     code, look = row["code"], f"keybroker status {row['profile']}"
     ours = row["kind"] != Kind.FOLLOWED.value
     if code in _PEOPLE:
-        return _PEOPLE[code], row["hint"] or look
+        return _PEOPLE[code], (row["hint"] or look).removeprefix("run: ")
     if row["phase"] in (Phase.SUSPECT.value, Phase.CONDEMNED.value):
         return "key refused", look if ours else "write a new one where its owner keeps it"
     if locked and ours:
         return "keyring locked", "unlock it"
+    sign_in = row.get("sign_in")  # a daemon of before says none
+    if sign_in is not None and sign_in["ended"]:
+        return _PEOPLE["login"], sign_in["command"]
     if row["late"]:
         return "late", look
     if not row["held"] and code is not None:
         return "source unavailable" if code == "unavailable" else code, row["hint"] or look
+    if sign_in is not None:
+        return f"sign-in ends in {_length(sign_in['ends_in_s'])}", sign_in["command"]
     return None
 
 
@@ -142,6 +159,24 @@ def _row(broker: Broker, profile: Profile) -> dict[str, Any]:
         left = None if ends is None else max(0.0, (ends - now).total_seconds())
         row["survives_outage_s"] = left
     return row
+
+
+def _sign_in(profile: Profile, soon: Mapping[str, "Ending"]) -> dict[str, Any] | None:
+    """Return the first of a profile's sign-ins that ends, if one does."""
+    if not soon:
+        return None
+    found = [soon[one.name] for one in profile.logins if one.name in soon]
+    if not found:
+        return None
+    first = min(found, key=lambda one: (not one.over, one.until or one.standing.since))
+    left = first.until - datetime.now(UTC) if first.until and not first.over else timedelta(0)
+    return {
+        "login": first.login,
+        "ended": first.over,
+        "ends_at": None if first.until is None else write_time(first.until),
+        "ends_in_s": max(0, int(left.total_seconds())),
+        "command": first.command,
+    }
 
 
 def _next(slots: Slots, profile: Profile, now: datetime) -> tuple[str, datetime | None]:

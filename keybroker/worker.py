@@ -83,6 +83,7 @@ EFFECTS = (
     "keep",
     "sign_in",
     "sign_out",
+    "hook",
     "answer",
 )
 
@@ -577,6 +578,24 @@ class Operations:
     def is_signing_in(self) -> bool:
         """Say whether a person is at it, whose command may have been stopped for a while."""
         return "sign_in" in self._opened
+
+    def hook(
+        self, command: list[str], facts: Mapping[str, Any], file: str, mark: str
+    ) -> dict[str, Any]:
+        """
+        Run a program that is told what happened, and note that it was.
+
+        Args:
+            file: Where that is noted, so that the next daemon tells it no second time.
+        """
+        from keybroker import hooks
+
+        try:
+            perform("hook", lambda: hooks.run(command, facts, self.environment))
+        finally:
+            with suppress(OSError):
+                self.disk.replace(Path(file), mark.encode())
+        return {}
 
     def expect(self, messages: Sequence[Mapping[str, Any]]) -> None:
         """Read with few calls what the polls that are waiting in a row will ask for."""

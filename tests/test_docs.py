@@ -19,7 +19,7 @@ import pytest
 
 from keybroker import aws, client, daemon, guidance, paths, push, server, sessions, starting, wire
 from keybroker.cli.base import COMMANDS, keybroker
-from keybroker.config import CACHE, CLAUDE, GENERAL, PROFILE, PUBLISH, SOURCES, parse
+from keybroker.config import CACHE, CLAUDE, GENERAL, HOOKS, PROFILE, PUBLISH, SOURCES, parse
 from keybroker.connect.line import NATIVE, helper_line
 from keybroker.devgateway import DevGateway
 from keybroker.document import Where
@@ -89,6 +89,7 @@ def written_default(field: Field) -> str:
 HEADINGS: dict[str, Mapping[str, Field]] = {
     "Top level": GENERAL,
     "`[cache]`": CACHE,
+    "`[hooks]`": HOOKS,
     "`[profiles.<name>]`": PROFILE,
     "`[profiles.<name>.claude]`": CLAUDE,
     **{

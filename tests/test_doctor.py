@@ -939,6 +939,36 @@ def test_a_failing_profile_whose_key_is_late_is_worse() -> None:
     assert one.severity is Severity.ERROR
 
 
+@pytest.mark.parametrize(
+    ("changes", "held", "found"),
+    [
+        ({"command": None}, True, []),
+        ({"ending": True}, True, [("login-ending", "warning")]),
+        ({}, True, [("login-needed", "warning")]),
+        ({}, False, [("login-needed", "error")]),
+        ({"profiles": []}, False, [("login-needed", "warning")]),
+    ],
+)
+def test_how_sign_ins_stand(
+    changes: dict[str, Any], held: bool, found: list[tuple[str, str]]
+) -> None:
+    """One that somebody has to do is worse where there is no key any more."""
+    one = {
+        "login": "corp",
+        "said": "nobody is signed in",
+        "profiles": ["work"],
+        "ending": False,
+        "command": "keybroker login corp",
+        **changes,
+    }
+    findings = list(agent.of_sign_ins([one], {"profiles": [{"profile": "work", "held": held}]}))
+    assert [(each.id, str(each.severity)) for each in findings] == found
+    for each in findings:
+        users = ", ".join(one["profiles"]) or "no profile"
+        assert each.what == f"login corp, for {users}: nobody is signed in"
+        assert each.fix == "keybroker login corp"
+
+
 # Side by side
 
 

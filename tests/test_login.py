@@ -124,8 +124,8 @@ def test_json_is_all_that_is_on_stdout(ada: Person) -> None:
     assert abs(datetime.now(UTC) - since) < timedelta(seconds=30)
     assert found == {
         "login": "corp",
-        "type": "oidc",
         "unattended": False,
+        "type": "oidc",
         "signed_in": True,
         "who": "ada@example.com",
         "until": None,

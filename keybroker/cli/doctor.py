@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from keybroker import __version__, client, paths
+from keybroker.cli import sign_ins
 from keybroker.cli.base import coloured, for_profile, print_json, progress
 from keybroker.cli.look import Look, models, took
 from keybroker.cli.status import last_failures, standing_of
@@ -185,6 +186,7 @@ class _Checks:
             chosen = None if self.profile is None else self.profile.name
             found = standing_of(self.config, chosen)
             yield from agent.of_standing(found, __version__, _failures(found, where))
+            yield from agent.of_sign_ins(sign_ins.rows(self.config, where, chosen), found)
         except KeybrokerError as error:
             yield agent.of_error(error)
 
@@ -195,7 +197,10 @@ def _failures(found: Mapping[str, Any], where: Path) -> dict[str, dict[str, Any]
 
 
 def _once(found: Iterable[Finding]) -> list[Finding]:
-    return list({(one.id, one.what): one for one in found}.values())
+    """Leave out what was found twice, and what follows from a sign-in that is needed."""
+    known = {(one.id, one.what): one for one in found}.values()
+    logins = {one.fix for one in known if one.id == "login-needed"}
+    return [one for one in known if one.id not in ("no-key", "failing") or one.fix not in logins]
 
 
 def _mendable(findings: Iterable[Finding]) -> list[Finding]:

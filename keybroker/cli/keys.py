@@ -586,7 +586,10 @@ def _row(config: Config, wanted: Profile) -> tuple[dict[str, Any], bool]:
     origin = found.get("cache", "")
     if not rows:
         with desk(config, lock=None, only=wanted) as at:
-            rows, origin = standing.rows(at.broker, [wanted]), at.wrap_key.origin
+            from keybroker.cli.sign_ins import endings_of
+
+            soon = endings_of(config, state()).soon
+            rows, origin = standing.rows(at.broker, [wanted], soon), at.wrap_key.origin
     locked = str(origin).startswith("memory only") and config.cache_key != "memory"
     return {"code": None, **rows[0]}, locked  # a daemon of before says no code
 

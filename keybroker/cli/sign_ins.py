@@ -1,12 +1,13 @@
 """How sign-ins stand, in words and as data: for login, whoami and status."""
 
-from collections.abc import Iterable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from keybroker.cli.base import in_words, on_the_clock
-from keybroker.config import Profile
-from keybroker.signin import SignIn, Standing
+from keybroker.config import Config
+from keybroker.endings import Endings
+from keybroker.signin import SignIn, Standing, standing_of
 
 
 def described(sign_in: SignIn, standing: Standing | None, now: datetime) -> str:
@@ -40,6 +41,39 @@ def row(sign_in: SignIn, standing: Standing | None) -> dict[str, Any]:
     }
 
 
-def users(sign_in: SignIn, profiles: Iterable[Profile]) -> list[str]:
-    """Return the profiles whose keys depend on a sign-in."""
-    return [one.name for one in profiles if any(sign_in == other for other in one.logins)]
+def endings_of(config: Config, state: Path) -> Endings:
+    """Return which sign-ins end, as they stand now."""
+    found = Endings(state, config)
+    found.look(datetime.now(UTC))
+    return found
+
+
+def rows(config: Config, state: Path, profile: str | None) -> list[dict[str, Any]]:
+    """
+    Return the sign-ins that a profile needs, or all: how each stands, and what to type.
+
+    `command` is None where there is nothing to type.
+    """
+    soon, now = endings_of(config, state).soon, datetime.now(UTC)
+    found = []
+    for one in config.logins.values():
+        users = [p.name for p in config.profiles.values() if one.name in _names(p.logins)]
+        if profile is not None and profile not in users:
+            continue
+        standing = standing_of(state, one)
+        over = not one.unattended and (standing is None or standing.over(now))
+        needed = one.name in soon or (over and bool(users))
+        found.append(
+            {
+                **row(one, standing),
+                "said": described(one, standing, now),
+                "profiles": users,
+                "ending": needed and not over,
+                "command": f"keybroker login {one.name}" if needed else None,
+            }
+        )
+    return found
+
+
+def _names(sign_ins: tuple[SignIn, ...]) -> set[str]:
+    return {one.name for one in sign_ins}

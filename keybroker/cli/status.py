@@ -11,6 +11,7 @@ import click
 
 from keybroker import glance, standing, wire
 from keybroker.audit import Audit
+from keybroker.cli import sign_ins
 from keybroker.cli.base import (
     Duration,
     coloured,
@@ -19,6 +20,7 @@ from keybroker.cli.base import (
     on_the_clock,
     print_json,
 )
+from keybroker.cli.sign_ins import endings_of
 from keybroker.cli.work import configuration, daemon_socket, desk, state
 from keybroker.config import Config
 from keybroker.connect.connected import connected
@@ -105,7 +107,7 @@ def standing_of(config: Config, profile: str | None) -> dict[str, Any]:
             "cache": at.wrap_key.origin,
             "problem": problem,
             "lost": at.lost,
-            "profiles": standing.rows(at.broker, chosen),
+            "profiles": standing.rows(at.broker, chosen, endings_of(config, state()).soon),
             "unconfigured": standing.unconfigured(at.broker, config.profiles),
             "push": None,
         }
@@ -134,9 +136,16 @@ def _show(
     left = [] if profile else [o for o in found["unconfigured"] if o["profile"] not in names]
     for row in rows:
         row["run"] = next((one for one in runs if one["profile"] == row["profile"]), None)
+    logins = sign_ins.rows(config, state(), profile)
     if as_json:
         shown = {name: found.get(name) for name in ("daemon", "problem", "cache", "push")}
-        text = {**shown, "profiles": rows, "exported": given, "unconfigured": left}
+        text = {
+            **shown,
+            "profiles": rows,
+            "logins": logins,
+            "exported": given,
+            "unconfigured": left,
+        }
         print_json(text) if not briefly else print(json.dumps(text))
         return
     if not rows and not left and not given:
@@ -149,6 +158,7 @@ def _show(
             _print_settings(row)
     if len(rows) > 1 and not briefly:
         print("\nkeybroker status PROFILE says more of one of them")
+    _print_logins(logins)
     _print_exported(given)
     for one in left:
         text = "keybroker revoke " + one["profile"]
@@ -189,6 +199,17 @@ def _exported(found: dict[str, Any], runs: Any) -> list[dict[str, Any]]:
 
 def _whose(run: dict[str, Any] | None) -> dict[str, Any]:
     return {name: None if run is None else run[name] for name in ("program", "pid")}
+
+
+def _print_logins(logins: list[dict[str, Any]]) -> None:
+    """Print how sign-ins stand, and which of them a person has to do."""
+    for one in logins:
+        print(f"\nlogin {one['login']}: {one['said']}")
+        if one["profiles"]:
+            print(f"  for          {', '.join(one['profiles'])}")
+        if one["command"] is not None:
+            what = "ends soon" if one["ending"] else "needed"
+            print(f"  {what:<12} type: {one['command']}")
 
 
 def _print_exported(given: list[dict[str, Any]]) -> None:

@@ -128,6 +128,35 @@ def of_standing(
         yield Finding("not-told", f"{file} {reason}", f"see that you may write {file}")
 
 
+def of_sign_ins(
+    sign_ins: Sequence[Mapping[str, Any]], found: Mapping[str, Any]
+) -> Iterator[Finding]:
+    """
+    Yield the sign-ins that somebody has to do, and those that end soon.
+
+    Args:
+        sign_ins: Those that are configured, as `status` has them.
+        found: How profiles stand.
+    """
+    keyless = {row["profile"] for row in found["profiles"] if not row["held"]}
+    for one in sign_ins:
+        if one["command"] is None:
+            continue
+        what = f"login {one['login']}, for {', '.join(one['profiles']) or 'no profile'}"
+        if one["ending"]:
+            yield Finding("login-ending", f"{what}: {one['said']}", one["command"])
+        else:
+            worse = Severity.ERROR if keyless.intersection(one["profiles"]) else None
+            because = "there is nothing to hand out" if worse else ""
+            yield Finding(
+                "login-needed",
+                f"{what}: {one['said']}",
+                one["command"],
+                worse=worse,
+                because=because,
+            )
+
+
 def of_units(environment: Mapping[str, str], root: Path = Path("/")) -> Iterator[Finding]:
     """Yield the units that start a daemon and name a program that is not there."""
     home = Path(environment.get("HOME", "/"))

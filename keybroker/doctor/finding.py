@@ -198,6 +198,10 @@ KINDS: dict[str, Kind] = {
     "versions": Kind(_WARNING, "the daemon is of another version than what asks it"),
     "unit": Kind(_WARNING, "the system cannot start the daemon"),
     "not-kept": Kind(_WARNING, "keys are lost with the daemon: each start mints anew"),
+    "login-needed": Kind(
+        _WARNING, "the current key is used until its end, and not replaced before somebody signs in"
+    ),
+    "login-ending": Kind(_WARNING, "no key is replaced after it, unless somebody signs in again"),
     "failing": Kind(_WARNING, "the current key is used until its end, and not replaced"),
     "no-key": Kind(_ERROR, "there is nothing to hand out"),
     "unrevoked": Kind(_WARNING, "a key that nobody should use any more still works"),

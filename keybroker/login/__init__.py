@@ -14,11 +14,10 @@ from keybroker.credential import Secret
 from keybroker.errors import CacheError, CacheUnreadable, LoginNeeded, SourceError
 from keybroker.login.provider import HalfRenewedError, Provider, needed, now
 from keybroker.login.tokens import Store, Tokens
-from keybroker.signin import SignIn
+from keybroker.signin import SIGNED_OUT, SignIn
 
 APART = timedelta(seconds=10)  # of two renewals that are asked for though the token is good
 BEHIND = timedelta(seconds=60)  # that a clock is set back by itself
-SIGNED_OUT = "it was signed out"
 MARGIN = timedelta(seconds=60)  # of a token's end that is not used: for the call, for two clocks
 
 

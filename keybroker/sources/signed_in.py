@@ -12,6 +12,7 @@ from keybroker import login
 from keybroker.config import Profile
 from keybroker.credential import Credential, Lease, Reference, Secret
 from keybroker.errors import SourceError
+from keybroker.login.provider import needed
 from keybroker.login.tokens import Tokens
 from keybroker.signin import read_text
 from keybroker.sources.followed import Followed
@@ -62,13 +63,16 @@ class SignedIn(Followed):
         if ends is None:
             return Credential(tokens.access, Lease(tokens.access.fingerprint, self.type, since))
         life = ends - since
+        end, now = ends - login.margin(life), datetime.now(UTC)
+        if not standing.renewable and now >= end:
+            raise needed(self._sign_in, "the sign-in has ended")
         lease = Lease(
             tokens.access.fingerprint,
             self.type,
             since,
-            ends - login.margin(life),
+            end,
             written_at=since,
-            reread_at=max(ends - life / 3, datetime.now(UTC)) if standing.renewable else None,
+            reread_at=max(ends - life / 3, now) if standing.renewable else end,
         )
         return Credential(tokens.access, lease)
 
