@@ -283,6 +283,22 @@ def test_keys_that_were_replaced_are_fetched_once_more(liar: Liar) -> None:
         assert liar.count("/keys") == 3
 
 
+@pytest.mark.parametrize(
+    "strange",
+    [
+        {"kty": "EC", "crv": "brainpoolP256r1", "x": "AA", "y": "AA"},
+        {"kty": "OKP", "crv": 5},
+        {},
+        5,
+    ],
+)
+def test_a_key_of_a_kind_that_nobody_knows_is_passed_over(liar: Liar, strange: Any) -> None:
+    """RFC 7517, section 5: a provider may have keys for others beside that which signed."""
+    liar.strange = [strange]
+    gives(liar)
+    assert signed_in(liar).standing.who
+
+
 def test_no_id_token_though_it_was_asked_for_is_no_sign_in(liar: Liar) -> None:
     """Without `openid` nobody asks for one, and nobody knows who it is."""
     liar.answer = (200, {"access_token": "a", "token_type": "Bearer", "expires_in": 60})

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from joserfc import jwt
 from joserfc.errors import JoseError, SecurityWarning
-from joserfc.jwk import KeySet
+from joserfc.jwk import Key, KeySet
 
 from keybroker.credential import Secret
 from keybroker.errors import SourceError, SourceInvalid
@@ -302,8 +302,16 @@ class Oidc(Base):
             reply = http.call("GET", path)
             if reply.status != 200:
                 raise self._trouble(reply, http.host, "give its keys")
-            self._keys = KeySet.import_key_set(reply.value)
+            self._keys = KeySet([key for one in reply.value["keys"] for key in _known_keys(one)])
         return self._keys
+
+
+def _known_keys(found: Any) -> list[Key]:
+    """Read a key of a set; one of a kind that nobody here knows is none (RFC 7517, section 5)."""
+    try:
+        return KeySet.import_key_set({"keys": [found]}).keys
+    except (JoseError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _life(token: str) -> timedelta | None:

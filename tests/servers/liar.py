@@ -24,6 +24,7 @@ class Liar(LoopbackServer):
 
     Attributes:
         described: Its discovery document.
+        strange: What it publishes before its keys.
         keys: Those that it publishes; tokens are signed with the first one, unless told otherwise.
         answer: Status and body of its next token answers.
         asked: The path of each request, and its form.
@@ -48,6 +49,7 @@ class Liar(LoopbackServer):
             "jwks_uri": f"{self.issuer}/keys",
             "authorization_response_iss_parameter_supported": True,
         }
+        self.strange: list[Any] = []
         self.keys: list[Key] = [RSAKey.generate_key(2048, {"kid": "one", "alg": "RS256"})]
         self.answer: tuple[int, Any] = (200, {})
         self.asked: list[tuple[str, dict[str, str]]] = []
@@ -103,7 +105,8 @@ class _Liar(Handler):
         elif path == f"{liar.path}/.well-known/openid-configuration":
             self._say(200, liar.described)
         elif path.endswith("/keys"):
-            self._say(200, KeySet(liar.keys).as_dict())
+            known = KeySet(liar.keys).as_dict()
+            self._say(200, {"keys": [*liar.strange, *known["keys"]]})
         else:
             self._say(404, {})
 
