@@ -1039,6 +1039,8 @@ class Broker:
         if asks:
             values.update(session=self.session(issuer), **self.opener(issuer))
         seconds = calls + EXTRA_SECONDS
+        if asks:  # who is ended while a token is renewed has lost the next refresh token
+            seconds += sum(one.seconds for one in needed_by(issuer))
         number = self._workers.send(issuer.type, op, seconds, urgent=at_work.asked, **values)
         at_work.busy = (number, step, label)
         self._asked[number] = at_work

@@ -7,6 +7,7 @@ in a file of its own, sealed but for its header, which says who and until when.
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ FOLDER = "logins"  # in the state directory
 SIGNED_OUT = "it was signed out"
 VERSION = 1  # of a file in it
 LARGEST_FILE = 1 << 18
+LOCK_SECONDS = 6.0  # for another process to be done with a sign-in
 # keys of a table that say nothing of who signs in to what
 BESIDE = ("warn", "lasts", "timeout", "ca", "port", "redirect", "client_secret")
 GITHUB_VARIABLES = ("ACTIONS_ID_TOKEN_REQUEST_URL", "ACTIONS_ID_TOKEN_REQUEST_TOKEN")
@@ -62,6 +64,12 @@ class SignIn:
     def issuer(self) -> Issuer:
         """The provider, as something that is asked."""
         return Issuer("login", "", Reference("login", self.text))
+
+    @property
+    def seconds(self) -> float:
+        """How long it may take to have its token: another's turn, then ours."""
+        found: float = LOCK_SECONDS + self.settings["timeout"].total_seconds()
+        return found
 
     @property
     def unattended(self) -> bool:
@@ -191,18 +199,28 @@ def _unfit(kind: str, place: str, of: object) -> str:
 
 
 def needed_by(issuer: Issuer) -> Iterator[SignIn]:
-    """Yield the sign-ins that an issuer is asked with."""
+    """
+    Yield the sign-ins that an issuer is asked with.
+
+    One of the journal's that this version cannot read is left out: whoever asks with it says so.
+    """
+    for text in _texts(issuer):
+        with suppress(ConfigError):
+            yield read_text(text)
+
+
+def _texts(issuer: Issuer) -> Iterator[str]:
     if issuer.admin is not None and issuer.admin.kind == "login":
-        yield read_text(str(issuer.admin.value))
+        yield str(issuer.admin.value)
     if '"login"' in issuer.vault:
         for one in json.loads(issuer.vault).get("auth", {}).values():
             if isinstance(one, dict) and "login" in one:
-                yield read_text(one["login"])
+                yield one["login"]
     if '"login"' in issuer.aws:
         account = aws.read_text(issuer.aws)
         for reference in (account.login, account.web_identity):
             if reference is not None:
-                yield read_text(str(reference.value))
+                yield str(reference.value)
 
 
 # how a sign-in stands, as its file's header says
@@ -340,5 +358,7 @@ def one_named(name: str, known: Mapping[str, SignIn]) -> SignIn:
 
 
 def unknown_login(name: str, known: list[str]) -> str:
+    if not known:
+        return "there is no [logins.NAME] table"
     said = unknown(name, known).removeprefix("unknown key").lstrip("; ")
     return f"no login {name!r}" + (f"; {said}" if said else f"; logins: {', '.join(known)}")

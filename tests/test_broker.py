@@ -29,6 +29,7 @@ from keybroker.errors import (
 from keybroker.handout import Sealed
 from keybroker.journal import Journal, read_time
 from keybroker.rotation import Kind, phase
+from keybroker.signin import LOCK_SECONDS, read_login
 from keybroker.slots import Event, Slots, Trouble, replay
 from keybroker.sources import Capabilities
 from keybroker.values import replace
@@ -1151,3 +1152,25 @@ def test_a_sealed_key_of_another_issuer_is_not_adopted(host: Host) -> None:
         reread=journal.read,
     )
     assert broker.credential("work") is None
+
+
+@pytest.mark.parametrize("timeout", ["8s", "60s"])
+def test_who_has_a_sign_in_renewed_is_given_the_time_for_it(
+    host: Host, timeout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that is ended while the provider answers has lost the next refresh token."""
+    raw = {"type": "oidc", "issuer": "https://login.example.com", "timeout": timeout}
+    corp = read_login("corp", raw, Where({}, "test"))
+    source = {"type": "login", "login": corp.text, "timeout": "1s"}
+    profile = read_profile("work", {"base_url": ONE, "source": source}, Where({}, "test"))
+    host.start(profile)
+    given: dict[str, float] = {}
+    send = host.workers.send
+
+    def noted(kind: str, op: str, seconds: float, /, **values: Any) -> int:
+        given[op] = seconds
+        return send(kind, op, seconds, **values)
+
+    monkeypatch.setattr(host.workers, "send", noted)
+    host.settle()
+    assert given["poll"] >= 1 + LOCK_SECONDS + corp.settings["timeout"].total_seconds()

@@ -19,6 +19,7 @@ import pytest
 
 from keybroker import login, paths
 from keybroker.cache import find_wrap_key
+from keybroker.devgateway import DevGateway
 from keybroker.errors import CacheError, CacheLocked, CacheUnreadable, SourceUnavailable
 from keybroker.login import tokens as kept
 from keybroker.login.tokens import Store
@@ -415,3 +416,30 @@ def test_a_clock_that_is_wrong_keeps_nobody_from_keys(ada: Person, skew: int) ->
     key = until(lambda: ada.here.helper()[1])
     assert key == f"{ada.held.access.reveal()}\n"
     assert ada.here.row()["phase"] == "fresh"
+
+
+def test_a_journal_that_names_a_login_of_another_version_keeps_nobody_from_keys(
+    ada: Person,
+) -> None:
+    """Its key cannot be ended by this one: that is said, with the day on which it ends itself."""
+    with DevGateway(ada.arrive().access.reveal()) as gateway:
+        text = ada.here.file.read_text()
+        source = f'base_url = "{gateway.url}"\nhold = "1s"\n[profiles.work.source]\n'
+        mints = f'{source}type = "litellm"\nlogin = "corp"\nlifetime = "10m"\n'
+        head = text[: text.index("[profiles")]
+        ada.here.configure(f'{head}[profiles.work]\nhelper_ttl = "1s"\n{mints}')
+        ada.here.start()
+        assert ada.here.key()
+        ada.here.stop()
+
+        local = '[profiles.work.source]\ntype = "static"\nplaceholder = "local"\n'
+        url = 'base_url = "http://127.0.0.1:9"\nverify = "none"\nhold = "1s"\n'
+        ada.here.configure(f"[profiles.work]\n{url}{local}")
+        older = "from keybroker import login_types\nlogin_types.LOGINS.pop('oidc')\n"
+        places = ada.here.state, ada.here.socket
+        ada.here.start(command=daemon_with(older, *places, worker=older))
+        until(lambda: ada.here.helper()[1] == "local\n")
+        [retired] = until(lambda: ada.here.row()["retired"])
+        assert retired["expires_at"] is not None
+        until(lambda: "logins.corp.type: expected one of" in str(ada.here.row()["trouble"]))
+        assert len(gateway.live_keys()) == 1

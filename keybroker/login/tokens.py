@@ -23,6 +23,7 @@ from keybroker.errors import CacheError, CacheLocked, CacheUnreadable, SourceUna
 from keybroker.paths import Disk, private_directory
 from keybroker.signin import (
     FOLDER,
+    LOCK_SECONDS,
     VERSION,
     SignIn,
     Standing,
@@ -33,7 +34,6 @@ from keybroker.signin import (
 from keybroker.values import dataclass, field, replace
 
 NO_KEYRING = 'unlock the keyring, or set key = "file" in a table [cache]; see docs/cache.md'
-LOCK_SECONDS = 6.0  # for another to be done
 AGAIN_SECONDS = 0.02  # a lock is asked for so often
 
 
