@@ -707,6 +707,8 @@ def _contradictions(profile: Profile) -> Iterator[tuple[str, str]]:
         given = [k for k in ("key", "placeholder") if profile.source[k] is not None]
         if len(given) != 1:
             yield "source", "a static source has either key or placeholder"
+        if profile.issuer.admin is not None and profile.issuer.admin.kind == "login":
+            yield "source.key", 'the token of a login is renewed: type = "login"'
         value = profile.source["placeholder"] or "x"
         if not all("!" <= c <= "~" for c in value):
             yield "source.placeholder", "expected one word of printable ASCII"

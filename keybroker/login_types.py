@@ -7,7 +7,6 @@ from typing import Any
 
 from keybroker.credential import Reference
 from keybroker.fields import (
-    COUNT,
     DURATION,
     GATEWAY,
     GITHUB,
@@ -69,6 +68,15 @@ def read_jwt(value: Any) -> str | Reference:
         raise ValueError(f'{error}; or "{GITHUB}"') from None
 
 
+def read_port(value: Any) -> int:
+    """Read a port of this machine's."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= HIGHEST_PORT:
+        raise ValueError(f"expected a port, from 1 to {HIGHEST_PORT}")
+    return value
+
+
+HIGHEST_PORT = (1 << 16) - 1
+PORT = Kind(read_port, {"type": "integer", "minimum": 1, "maximum": HIGHEST_PORT})
 JWT = Kind(read_jwt, {"oneOf": [{"const": GITHUB}, LOCAL_REFERENCE.schema]})
 PARAMETERS = Kind(read_parameters, TABLE.schema)
 COMMON = {
@@ -84,7 +92,7 @@ COMMON = {
     "ca": Field(PATH, "A PEM file of the authorities that the provider's certificate is from."),
 }
 BROWSER = {
-    "port": Field(COUNT, "Where the browser comes back to, on 127.0.0.1; a free one when absent."),
+    "port": Field(PORT, "Where the browser comes back to, on 127.0.0.1; a free one when absent."),
 }
 LOGINS: dict[str, dict[str, Field]] = {
     "oidc": {
@@ -176,7 +184,7 @@ LOGINS: dict[str, dict[str, Field]] = {
         "mount": Field(MOUNT, "Where the oidc method is mounted.", default="oidc"),
         "role": Field(TEXT, "The role; the method's default one when absent."),
         "port": Field(
-            COUNT,
+            PORT,
             "Where the browser comes back to, on localhost: as the role's allowed_redirect_uris "
             "have it.",
             default=8250,

@@ -517,6 +517,32 @@ def test_what_works_but_not_as_one_may_think_is_a_warning(
     assert warning.startswith(warned)
 
 
+CORP = "\n[logins.corp]\ntype = 'oidc'\nissuer = 'https://login.example.com'\n"
+SIGNED_IN = "[profiles.work]\nbase_url = 'https://llm.example.com'\n[profiles.work.source]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            f"{SIGNED_IN}type = 'static'\nkey = {{ login = 'corp' }}{CORP}",
+            ':5: profiles.work.source.key: the token of a login is renewed: type = "login"',
+        ),
+        (
+            f"{SIGNED_IN}type = 'login'\nlogin = 'corp'{CORP}port = 65536\n",
+            ":9: logins.corp.port: expected a port, from 1 to 65535",
+        ),
+    ],
+)
+def test_a_login_that_could_not_work_is_refused(text: str, problem: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(text)
+    file.chmod(0o600)
+    with pytest.raises(ConfigError) as raised:
+        load([file], {})
+    assert raised.value.message == f"{file}{problem}"
+
+
 def test_a_key_that_others_read_is_held_for_two_of_their_looks() -> None:
     """Beside what a reader of ours may keep it; nobody has to reckon."""
     assert profile(f"{PUBLISH}poll = '5m'\n").hold == timedelta(minutes=15 + 2 * 5)

@@ -136,7 +136,10 @@ def test_json_is_all_that_is_on_stdout(ada: Person) -> None:
     [row] = json.loads(said)
     assert (status, row["who"], row["signed_in"]) == (0, "ada@example.com", True)
     status, said, _ = ada.cli("logout", "--json")
-    assert (status, json.loads(said)) == (0, {"login": "corp", "told": True, "revoked": 0})
+    assert (status, json.loads(said)) == (
+        0,
+        {"login": "corp", "told": True, "revoked": 0, "left": 0},
+    )
     status, said, _ = ada.cli("whoami", "--json")
     assert (status, json.loads(said)[0]["signed_in"]) == (77, False)
 
@@ -466,3 +469,6 @@ def test_which_login_is_meant(ada: Person) -> None:
 
     ada.here.file.write_text(text.replace(corp, "").replace('login = "corp"', 'login = "x"'))
     assert ada.cli("login")[0] == 78
+    ada.here.file.write_text('[cache]\nkey = "file"\n')
+    problem = f"{OURS}config: there is no [logins.NAME] table\n"
+    assert ada.cli("logout", "corp") == (78, "", problem)

@@ -770,6 +770,11 @@ def test_a_machine_mints_keys_of_litellm_s_shape(
         assert resident.cli("whoami", "ci") == (0, "ci: nobody has to sign in\n", "")
         assert resident.key() != key
 
+    status, said, stderr = resident.cli("logout", "ci", "--force")  # the gateway is gone
+    assert (status, stderr) == (0, "")
+    left = "Not known to be revoked: 1. They end by themselves, see keybroker status."
+    assert said.split("\n")[:2] == ["Signed out of ci.", left]
+
 
 def test_nobody_has_to_sign_in_and_login_says_so(
     resident: Resident, provider: Exchange, pod: Path

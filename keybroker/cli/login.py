@@ -88,13 +88,14 @@ def logout_command(login: str | None, force: bool, as_json: bool) -> None:
     sign_in = chosen(config, login)
     standing = signin.standing_of(state(), sign_in)
     with closing(_Desk(config, sign_in)) as at:
-        told, revoked = False, 0
+        told, revoked, left = False, 0, 0
         if standing is not None or sign_in.unattended:
             at.sign("leave")
             mine = [p for p in config.profiles.values() if sign_in in p.logins and p.kind.ours]
             if mine:
                 results = end_keys(config, [profile.name for profile in mine])
                 revoked = sum(result["revoked"] for result in results)
+                left = sum(result["left"] + result["unsettled"] for result in results)
                 if not force:
                     _all_gone(results, sign_in)
             try:
@@ -103,13 +104,15 @@ def logout_command(login: str | None, force: bool, as_json: bool) -> None:
                 error.hint = _all_the_same(sign_in)
                 raise
     if as_json:
-        print_json({"login": sign_in.name, "told": told, "revoked": revoked})
+        print_json({"login": sign_in.name, "told": told, "revoked": revoked, "left": left})
         return
     if standing is None and not sign_in.unattended:
         print(f"Nobody was signed in to {sign_in.name}.")
         return
     keys = f" {revoked} key{'' if revoked == 1 else 's'} revoked." if revoked else ""
     print(f"Signed out of {sign_in.name}.{keys}")
+    if left:
+        print(f"Not known to be revoked: {left}. They end by themselves, see keybroker status.")
     if sign_in.unattended:
         print("This machine signs in again by itself when a key is asked for.")
     if not told:
