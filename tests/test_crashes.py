@@ -46,8 +46,9 @@ COMMANDS = {
 OF_LEASES = {"renew", "renewed", "keep"}  # LiteLLM has none: tests/test_leases.py dies at these
 OF_PUBLISHING = {"staged", "stage", "recover", "promote"}  # tests/test_publish_crashes.py
 OF_EXPORTS = {"export"}  # tests/test_export.py
-OF_SIGN_INS = {"sign_in", "sign_out", "hook"}  # tests/test_login_crashes.py
-ELSEWHERE = OF_LEASES | OF_PUBLISHING | OF_EXPORTS | OF_SIGN_INS
+OF_SIGN_INS = {"sign_in", "sign_out"}  # tests/test_login_crashes.py
+OF_HOOKS = {"hook"}  # tests/test_endings.py
+ELSEWHERE = OF_LEASES | OF_PUBLISHING | OF_EXPORTS | OF_SIGN_INS | OF_HOOKS
 OF_MINTING = [effect for effect in EFFECTS if effect not in ELSEWHERE]
 # Each effect has each end, each end each victim; the daemon's matrix has all of them together.
 CASES = [

@@ -432,7 +432,8 @@ def test_a_token_that_aws_does_not_take(
     status, _, shown = bearer.cli("source", "test", "work")
     assert status == 77
     assert "the token of login:sso does not give arn:aws:iam::" in shown
-    aws_front.fault(refusal("InvalidIdentityToken", "eyJ", sts=True), "AssumeRoleWithWebIdentity")
+    wrong = refusal("InvalidIdentityToken", "eyJ", sts=True)
+    aws_front.fault(wrong, "AssumeRoleWithWebIdentity", times=None)
     status, _, shown = bearer.cli("source", "test", "work")
     assert status == 77
     assert "the web identity token was refused" in shown
