@@ -6,7 +6,6 @@ with the same `fold` that replays the journal.
 
 import heapq
 import itertools
-import math
 import os
 from collections.abc import Callable, Container, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -1314,10 +1313,10 @@ class Broker:
 
 
 def _in_words(length: timedelta) -> str:
-    seconds = math.ceil(length.total_seconds())
+    seconds = -int(-length.total_seconds() // 1)
     if seconds > 7200:
-        return f"{math.ceil(seconds / 3600)} h"
-    return f"{seconds} s" if seconds <= 120 else f"{math.ceil(seconds / 60)} min"
+        return f"{-(-seconds // 3600)} h"
+    return f"{seconds} s" if seconds <= 120 else f"{-(-seconds // 60)} min"
 
 
 def _rounded(due: datetime, at_work: _Profile, instance: str) -> datetime:

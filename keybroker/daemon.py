@@ -5,7 +5,6 @@ kernel tells of clocks and files. Every turn ends with the time of the next; in 
 nothing to wake up for.
 """
 
-import math
 import os
 import selectors
 import signal
@@ -57,6 +56,7 @@ from keybroker.rotation import Kind
 from keybroker.server import Client, Server
 from keybroker.slots import REPLACED, replay
 
+NEVER = float("inf")  # `math` is a library more
 TURN_SECONDS = 20.0  # a turn that takes longer kills the process
 REARM_SECONDS = 1.0  # while there is no sleep between turns
 AT_A_TIME = 8  # profiles that a turn looks at before clients get theirs
@@ -125,7 +125,7 @@ class Daemon:
         self._config_files = paths.config_files(os.environ)
         self._file = self._config = load(self._config_files)  # of the second, programs have some
         self._runs: Runs | None = None
-        self._claim_until: float | None = math.inf  # None: nobody is waited for any more
+        self._claim_until: float | None = NEVER  # None: nobody is waited for any more
         document.forget_reader()
         self._endings = self._logins_that_end()
         self._hooked: set[int] = set()  # requests to tell a program
@@ -170,12 +170,12 @@ class Daemon:
         self._follows = True  # it is to be sent
         self._signing: dict[int, Answer | None] = {}  # requests about sign-ins, and their answers
         self._written = 0  # records since the last time
-        self._unlock_at, self._unlock_after = math.inf, UNLOCK_SECONDS[0]
-        self._listen_at = math.inf  # the socket is gone and could not be made again
-        self._mend_at = math.inf  # somebody changed the guidance
+        self._unlock_at, self._unlock_after = NEVER, UNLOCK_SECONDS[0]
+        self._listen_at = NEVER  # the socket is gone and could not be made again
+        self._mend_at = NEVER  # somebody changed the guidance
         self._ends_at: float | None = None  # it was told to end
         self._watchers: list[Client] = []
-        self._told_at, self._tell_at = 0.0, math.inf
+        self._told_at, self._tell_at = 0.0, NEVER
         self._failures = 0  # turns that ended with an exception
         self._since = self._clock.read().wall
 
@@ -193,12 +193,12 @@ class Daemon:
         self._open_cache()
         listening.notify("READY=1")
         self._log.say("info", f"keybroker {__version__} listens at {self._path}")
-        wake, armed_at = 0.0, -math.inf
+        wake, armed_at = 0.0, -NEVER
         while not self._over():
             events = self._selector.select(0)
             if not events:
                 signal.setitimer(signal.ITIMER_REAL, 0)
-                armed_at = -math.inf
+                armed_at = -NEVER
                 sleep = min(max(0.0, wake - time.monotonic()), LONGEST_SLEEP)
                 events = self._selector.select(sleep)
             now = time.monotonic()
@@ -254,7 +254,7 @@ class Daemon:
         if now >= self._unlock_at and not self._ownership.promised:
             self._open_cache()
         if now >= self._listen_at:
-            self._listen_at = math.inf
+            self._listen_at = NEVER
             self._look_at_files()
             self._watch_directories()
         if now >= self._mend_at:
@@ -308,7 +308,7 @@ class Daemon:
     # the cache, at the beginning and when a locked keyring may have been opened
 
     def _open_cache(self) -> None:
-        self._unlock_at = math.inf
+        self._unlock_at = NEVER
         self._opening = self._pool.send(
             self._kind(),
             "open",
@@ -623,7 +623,7 @@ class Daemon:
         return f"{ready} of {len(self._config.profiles)} profiles have a key"
 
     def _write_guidance(self) -> None:
-        self._mend_at = math.inf
+        self._mend_at = NEVER
         try:
             folder = Path(self._path).parent
             guidance.write(folder, self._file.profiles.values(), self._file.default, Disk())
@@ -772,7 +772,7 @@ class Daemon:
             raise problem
         if self._broker is not None:
             self._broker.retry(by_hand=True)
-        if math.isfinite(self._unlock_at):
+        if self._unlock_at < NEVER:
             self._open_cache()
         client.send(wire.answer({"profiles": sorted(self._file.profiles)}), last=True)
         return None
@@ -842,7 +842,7 @@ class Daemon:
         """Send how things stand to those who watch, a few times a second at the most."""
         self._watchers = [client for client in self._watchers if not client.closed]
         if self._watchers and self._broker is not None and now >= self._tell_at:
-            self._told_at, self._tell_at = now, math.inf
+            self._told_at, self._tell_at = now, NEVER
             line = wire.told(self._standing(self._broker))
             for client in self._watchers:
                 client.send(line)

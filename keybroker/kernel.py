@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import struct
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -25,7 +24,8 @@ _PR_SET_DUMPABLE = 4
 # sys/timerfd.h
 _CLOCK_REALTIME = 0
 _ABSTIME_CANCEL_ON_SET = 1 | 2
-_FAR = min(1 << 33, (1 << (8 * struct.calcsize("l") - 1)) - 1)  # seconds; the year 2242
+_LONG = (sys.maxsize.bit_length() + 1) // 8  # bytes
+_FAR = min(1 << 33, sys.maxsize)  # seconds; the year 2242
 
 # sys/inotify.h
 _IN_ATTRIB = 0x4
@@ -44,7 +44,7 @@ _CHANGES = (
     | (_IN_MOVED_FROM | _IN_MOVED_TO | _IN_MOVE_SELF)
     | (_IN_DELETE | _IN_DELETE_SELF)
 )
-_EVENT = struct.Struct("iIII")  # watch, mask, cookie, length of the name that follows
+_EVENT = 4  # words of 32 bits: watch, mask, cookie, length of the name that follows
 
 
 def close_to_debuggers(*, for_good: bool = True) -> bool:
@@ -84,8 +84,8 @@ def read_signals(descriptor: int) -> list[tuple[int, bool]]:
         data = os.read(descriptor, 128 * 16)  # signalfd_siginfo: number, errno, code, pid, …
     except BlockingIOError:
         return []
-    found = (struct.unpack_from("Iii", data, at) for at in range(0, len(data), 128))
-    return [(number, code <= 0) for number, _, code in found]
+    words = memoryview(data).cast("i")
+    return [(words[at], words[at + 2] <= 0) for at in range(0, len(words), 128 // words.itemsize)]
 
 
 def trim() -> bool:
@@ -118,7 +118,7 @@ def rearm_clock_set_timer(timer: int) -> bool:
 
 
 def _arm(timer: int) -> bool:
-    far = struct.pack("llll", 0, 0, _FAR, 0)
+    far = b"".join(number.to_bytes(_LONG, sys.byteorder) for number in (0, 0, _FAR, 0))
     # It fails when the clock was set since the last look; the next call begins from there.
     return any(
         _linux("timerfd_settime", timer, _ABSTIME_CANCEL_ON_SET, far, None) == 0 for _ in range(3)
@@ -176,12 +176,13 @@ class Watch:
                 events = os.read(self.fd, 1 << 16)
             except BlockingIOError:
                 break
-            offset = 0
-            while offset < len(events):
-                watch, mask, _, length = _EVENT.unpack_from(events, offset)
-                offset += _EVENT.size + length
-                name = os.fsdecode(events[offset - length : offset].rstrip(b"\0"))
-                changed |= self._event(watch, mask, name)
+            words, at = memoryview(events).cast("I"), 0  # names are filled up to whole events
+            while at < len(words):
+                watch, mask, _, length = words[at : at + _EVENT]
+                at += _EVENT
+                name = bytes(words[at : at + length // words.itemsize]).rstrip(b"\0")
+                at += length // words.itemsize
+                changed |= self._event(watch, mask, os.fsdecode(name))
         return changed
 
     def close(self) -> None:

@@ -222,6 +222,24 @@ class _Later(types.ModuleType):
         return getattr(__import__(self.__name__), name)
 
 
+class _Rounding(types.ModuleType):
+    """
+    `math`, of which `selectors` wants to round up alone.
+
+    The library would stay mapped, which counts as memory of ours. Who wants more of it has it.
+    """
+
+    @staticmethod
+    def ceil(number: float) -> int:
+        return -int(-number // 1)
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):  # of the import itself
+            raise AttributeError(name)
+        sys.modules.pop(self.__name__, None)
+        return getattr(__import__(self.__name__), name)
+
+
 class _Words(types.ModuleType):
     """
     `typing`, of which all but annotations can be done without: half a megabyte.
@@ -270,6 +288,7 @@ def main() -> None:
         )
         sys.exit(69)
     sys.modules["ipaddress"] = _Later("ipaddress")
+    sys.modules["math"] = _Rounding("math")
     sys.modules["typing"] = _Words("typing")
     from contextlib import suppress
 

@@ -596,3 +596,30 @@ assert sys.modules["typing"] is words
     done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True)
     assert done.stderr == ""
     assert done.returncode == 0
+
+
+def test_a_daemon_rounds_up_without_a_library() -> None:
+    """As `math` does, which who needs more of it has; `selectors` needs no more."""
+    program = """
+import math, sys
+del sys.modules["math"]
+from keybroker import listening
+sys.modules["math"] = ours = listening._Rounding("math")
+import os, selectors
+for number in (0, 0.0, 0.1, 1, 1.5, -0.1, -1.5, 999.999, 1e6, 86400000.0000001):
+    assert ours.ceil(number) == math.ceil(number), number
+    assert type(ours.ceil(number)) is int
+read, write = os.pipe()
+with selectors.DefaultSelector() as selector:
+    selector.register(read, selectors.EVENT_READ)
+    assert selector.select(0.001) == []
+    os.write(write, b"x")
+    assert len(selector.select(5.5)) == 1
+assert sys.modules["math"] is ours
+from math import floor
+assert floor(1.5) == 1
+assert sys.modules["math"] is not ours
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.returncode == 0
