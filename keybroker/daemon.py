@@ -751,8 +751,8 @@ class Daemon:
         for name in names:
             profile = self._config.profiles.get(name)
             followed = profile is not None and profile.kind is Kind.FOLLOWED
-            if followed and not outcomes.has_ours(broker.slots(name)):
-                raise outcomes.not_ours(name)
+            if profile is not None and followed and not outcomes.has_ours(broker.slots(name)):
+                raise outcomes.not_ours(profile)
             broker.end(name, "revoked by request")
 
         def result(late: bool) -> list[dict[str, Any]] | None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from keybroker.broker import Broker
+from keybroker.config import Profile
 from keybroker.errors import KeybrokerError, SourceInvalid, SourceUnavailable
 from keybroker.journal import write_time
 from keybroker.slots import Key, Slots
@@ -53,11 +54,13 @@ def has_ours(slots: Slots) -> bool:
     return any(key.lease.revocable for key in slots.keys) or bool(slots.open)
 
 
-def not_ours(name: str) -> KeybrokerError:
+def not_ours(profile: Profile) -> KeybrokerError:
     """Return what to say to somebody who wants such a key revoked."""
+    signed_in = profile.logins if profile.type == "login" else ()
+    ends = [f"keybroker logout {one.name}" for one in signed_in]
     return SourceInvalid(
-        f"{name}: somebody else keeps its key, which is not ours to revoke",
-        hint="end it where it was made",
+        f"{profile.name}: somebody else keeps its key, which is not ours to revoke",
+        hint=ends[0] if ends else "end it where it was made",
     )
 
 

@@ -844,6 +844,61 @@ def test_config_show_prints_what_can_be_read_again(cli: Cli, tmp_path: Path) -> 
     assert shown.profile("work").headers == written.profile("work").headers
 
 
+def test_config_show_prints_every_kind_of_table(cli: Cli, tmp_path: Path) -> None:
+    """What is read again prints the same; a login by its name."""
+    tables = """
+[aws]
+profile = "dev"
+[vault]
+address = "https://vault.example.com"
+[vault.auth]
+method = "jwt"
+role = "llm"
+jwt = { login = "ci" }
+[logins.corp]
+type = "oidc"
+issuer = "https://login.example.com"
+client_secret = { env = "S" }
+parameters = { prompt = "login" }
+[logins.ci]
+type = "workload"
+jwt = "github-actions"
+[logins.sso]
+type = "aws-sso"
+session = "dev"
+"""
+    by = '[profiles.{}]\nbase_url = "https://llm.example.com"\n[profiles.{}.source]\n{}\n'
+    for name, source in {
+        "own": 'type = "login"\nlogin = "corp"',
+        "minted": 'type = "litellm"\nlogin = "corp"\n[profiles.minted.publish]\nto = "vault"\n'
+        'path = "secret/data/out"',
+        "out": 'type = "litellm"\nadmin = { aws = "llm/admin" }\n[profiles.out.publish]\n'
+        'to = "aws"\nsecret = "llm/out"',
+        "kept": 'type = "vault"\npath = "secret/data/llm"',
+        "held": 'type = "aws"\nsecret = "llm/key"\nlogin = "sso"',
+    }.items():
+        tables += by.format(name, name, source)
+    cli.configure(tables, general='default = "own"')
+    status, stdout, stderr = cli("config", "show")
+    assert (status, stderr) == (0, "")
+    assert cli.json("config", "show") == tomllib.loads(stdout)
+    assert tomllib.loads(stdout)["profiles"]["own"]["source"]["login"] == "corp"
+    assert set(cli.json("config", "show", "minted")["logins"]) == {"corp", "ci"}
+
+    copy = tmp_path / "copy.toml"
+    copy.touch(0o600)
+    copy.write_text(stdout)
+    written, shown = load([cli.file]), load([copy])
+    for name, one in written.logins.items():
+        assert shown.logins[name].settings == one.settings
+    for name, profile in written.profiles.items():
+        assert [one.name for one in shown.profiles[name].logins] == [
+            one.name for one in profile.logins
+        ]
+    cli.file.write_text(stdout)
+    assert cli("config", "show") == (0, stdout, "")
+
+
 def test_config_show_shows_references_only(cli: Cli) -> None:
     """Where the admin key is, never what it is."""
     status, stdout, _ = cli("config", "show", "work")

@@ -92,6 +92,7 @@ def test_a_daemon_that_runs_is_told(ada: Person) -> None:
     assert ada.cli("login", "corp")[0] == 0
     key = until(lambda: ada.here.helper()[1])
     assert alive(ada.provider, key.strip())
+    assert ada.cli("revoke", "work")[2].endswith("\nhint: keybroker logout corp\n")
 
     assert ada.cli("logout", "corp") == (0, "Signed out of corp.\n", "")
     assert ada.here.helper() == (77, "", f"{OURS}work: {NEEDED}")

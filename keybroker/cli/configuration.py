@@ -7,15 +7,18 @@ from typing import Any
 
 import click
 
-from keybroker import paths
+from keybroker import aws, paths
 from keybroker.cli.base import coloured, for_profile, print_json
 from keybroker.cli.work import configuration
 from keybroker.config import Profile
 from keybroker.credential import Reference
 from keybroker.fields import show_duration
 from keybroker.schema import schema
+from keybroker.signin import read_text
 from keybroker.tables import toml
 from keybroker.vault import PLACE, Vault
+
+BELOW = ("claude", "source", "publish", "auth")
 
 
 @click.group("config")
@@ -70,25 +73,41 @@ def show(profile: str | None, as_json: bool) -> None:
         if one.vault is not None and one.type != "vault":  # for its references
             place = {name: getattr(one.vault, name) for name in PLACE}
             document["vault"] = {**_values(place), "auth": _auth(one.vault)}
+        if one.account is not None and one.type != "aws":
+            place = {name: getattr(one.account, name) for name in aws.PLACE}
+            document["aws"] = _values(place)
+    logins = chosen[0].logins if profile else config.logins.values()
+    if logins:
+        document["logins"] = {
+            one.name: _values({"type": one.type, **one.settings}) for one in logins
+        }
     if as_json:
         print_json(document)
         return
     if config.default:
         print(f"default = {toml(config.default)}\n")
     print(f"[cache]\nkey = {toml(config.cache_key)}")
-    if "vault" in document:
-        _print_tables("vault", document["vault"])
+    for table in ("vault", "aws"):
+        if document.get(table):
+            _print_tables(table, document[table])
+    for name, values in document.get("logins", {}).items():
+        _print_tables(f"logins.{name}", values)
     for name, values in document["profiles"].items():
         _print_tables(f"profiles.{name}", values)
 
 
 def _plain(profile: Profile) -> dict[str, Any]:
-    skipped = ("name", "raw", "type", "source", "vault")
+    skipped = ("name", "raw", "type", "source", "vault", "account", "publish")
     values = {k: getattr(profile, k) for k in profile.__slots__ if k not in skipped}
     source = _values({"type": profile.type, **profile.source})
     if profile.type == "vault" and profile.vault is not None:
         source["auth"] = _auth(profile.vault)
-    return {**_values(values), "source": source}
+    found = {**_values(values), "source": source}
+    if profile.publish is not None:
+        found["publish"] = _values({"to": profile.publish.to, **profile.publish.settings})
+        if profile.publish.vault is not None:
+            found["publish"]["auth"] = _auth(profile.publish.vault)
+    return found
 
 
 def _auth(vault: Vault) -> dict[str, Any]:
@@ -96,14 +115,17 @@ def _auth(vault: Vault) -> dict[str, Any]:
 
 
 def _values(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: _value(v) for k, v in values.items() if v is not None and v not in ({}, ())}
+    found = {k: _value(v) for k, v in values.items() if v is not None and v not in ({}, ())}
+    if isinstance(values.get("login"), Reference):  # which is named without a table of its own
+        found["login"] = found["login"]["login"]
+    return found
 
 
 def _value(value: Any) -> Any:
     if isinstance(value, timedelta):
         return show_duration(value)
     if isinstance(value, Reference):
-        found = value.value
+        found = read_text(str(value.value)).name if value.kind == "login" else value.value
         return {value.kind: found if isinstance(found, str) else list(found)}
     if isinstance(value, tuple):
         return list(value)
@@ -112,7 +134,7 @@ def _value(value: Any) -> Any:
 
 def _print_tables(name: str, values: Mapping[str, Any]) -> None:
     """Print a table, and below it those of its parts that have a heading of their own."""
-    below = {key: value for key, value in values.items() if key in ("claude", "source", "auth")}
+    below = {key: value for key, value in values.items() if key in BELOW}
     print(f"\n[{name}]")
     for key, value in values.items():
         if key not in below:

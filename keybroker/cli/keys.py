@@ -367,7 +367,7 @@ def revoke_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
     for name in chosen:
         followed = name in config.profiles and not minted(config.profiles[name])
         if followed and not outcomes.has_ours(known.get(name, Slots())):
-            raise outcomes.not_ours(name)
+            raise outcomes.not_ours(config.profiles[name])
     if dry_run:
         doomed = [(name, key) for name in chosen if name in known for key in known[name].keys]
         if as_json:
