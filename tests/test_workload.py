@@ -770,7 +770,12 @@ def test_a_machine_mints_keys_of_litellm_s_shape(
         assert resident.cli("whoami", "ci") == (0, "ci: nobody has to sign in\n", "")
         assert resident.key() != key
 
-    status, said, stderr = resident.cli("logout", "ci", "--force")  # the gateway is gone
+    status, said, stderr = resident.cli("logout", "ci")  # the gateway is gone
+    assert (status, said) == (75, "")
+    assert stderr.startswith("keybroker: work: 1 not yet confirmed: litellm: ")
+    assert stderr.endswith("\nhint: sign out all the same: keybroker logout --force ci\n")
+    assert file_of(resident.state, "ci").exists()
+    status, said, stderr = resident.cli("logout", "ci", "--force")
     assert (status, stderr) == (0, "")
     left = "Not known to be revoked: 1. They end by themselves, see keybroker status."
     assert said.split("\n")[:2] == ["Signed out of ci.", left]
