@@ -869,3 +869,30 @@ client_secret = {{ file = "{secret}" }}
     status, said, stderr = resident.cli("logout")
     assert (status, stderr) == (0, "")
     assert said.endswith("The provider was not told: what it gave ends by itself.\n")
+
+
+def test_init_asks_for_no_admin_key_where_a_login_mints(
+    resident: Resident, provider: Exchange, pod: Path
+) -> None:
+    """It tries the new profile with that login first; a login that nobody did is said."""
+    with DevGateway() as gateway:
+        provider.give = lambda: gateway.master_key
+        machine = (
+            f'[logins.ci]\ntype = "workload"\ngrant = "jwt_bearer"\njwt = {{ file = "{pod}" }}\n'
+            f'token_url = "{provider.token_url}"\n'
+        )
+        person = f'[logins.corp]\ntype = "oidc"\nissuer = "{provider.url}"\n'
+        resident.configure(machine + person)
+        words = ["init", "--base-url", gateway.url, "--source", "litellm", "--no-connect"]
+        before = resident.file.read_text()
+        status, _, stderr = resident.cli(*words, "--set", "source.login=corp")
+        assert (status, resident.file.read_text()) == (77, before)
+        assert (
+            "login corp: nobody is signed in; nothing was written\nhint: run: keybroker " in stderr
+        )
+
+        status, said, stderr = resident.cli(*words, "--set", "source.login=ci")
+        assert (status, stderr) == (0, "")
+        assert "\nwritten   [profiles.work] in ~/.config/keybroker/config.toml\n" in said
+        assert resident.file.read_text().endswith('type = "litellm"\nlogin = "ci"\n')
+        assert len(gateway.live_keys()) == 1

@@ -118,7 +118,9 @@ class Questions:
     _stdin_is_read: bool = False
 
     def litellm(self) -> None:
-        """Where the admin key is."""
+        """Where the admin key is, unless somebody signs in for it."""
+        if self.draft.get((*self.draft.own, "source", "login")) is not None:
+            return
         path = (*self.draft.own, "source", "admin")
         self._secret(path, "--admin", f"{self.draft.profile}-admin", "Admin key of the gateway")
 
