@@ -63,6 +63,7 @@ class Owner:
     value: str = "sk-first"
     written: float | None = None  # seconds after START
     reread: float | None = None  # seconds from now until it is worth reading again
+    ends: float | None = None  # seconds after START
     problem: KeybrokerError | None = None
     looks: dict[str, Look] = field(default_factory=dict)  # by value; alive where nothing is said
     reads: int = 0
@@ -87,6 +88,7 @@ class OwnerSource:
             secret.fingerprint,
             "static",
             now,
+            None if self._owner.ends is None else START + timedelta(seconds=self._owner.ends),
             written_at=None if written is None else START + timedelta(seconds=written),
             reread_at=None if reread is None else now + timedelta(seconds=reread),
         )
@@ -1016,6 +1018,28 @@ def test_a_keeper_s_advice_is_followed_but_never_in_a_rush(host: Host) -> None:
     before = host.owner.reads
     host.run(HOUR)
     assert host.owner.reads - before <= HOUR / 5 + 1
+
+
+def test_who_says_when_to_read_again_is_not_asked_before(host: Host) -> None:
+    """A key that ends, and is old, is read at its interval until then."""
+    host.owner.ends, host.owner.reread = HOUR, 600.0
+    host.start(following())
+    host.ask()
+    host.run(55 * MINUTE)
+    assert 10 <= host.owner.reads <= 13
+
+
+def test_nobody_waits_for_others_when_a_key_has_ended(host: Host) -> None:
+    """The next read comes to its second; that of one that lives is put together with others'."""
+    host.owner.ends = HOUR
+    host.start(following())
+    host.ask()
+    at_work = host.broker._profiles["work"]
+    ends = START + timedelta(seconds=HOUR)
+    names = [f"{number:08x}" for number in range(64)]
+    assert {_rounded(ends, at_work, one) for one in names} == {ends}
+    before = ends - timedelta(seconds=1)
+    assert len({_rounded(before, at_work, one) for one in names}) > 16
 
 
 def test_hosts_do_not_read_in_the_same_second(host: Host) -> None:

@@ -19,9 +19,11 @@ from keybroker.config import Config, parse
 from keybroker.credential import Secret
 from keybroker.document import Where
 from keybroker.endings import EVENT, NEVER, Endings, file_of_told
-from keybroker.errors import ConfigError, KeybrokerError
+from keybroker.errors import ConfigError, KeybrokerError, LoginNeeded
 from keybroker.login.tokens import Store, Tokens
 from keybroker.signin import SIGNED_OUT, SignIn, Standing
+from keybroker.sources.held import Held
+from keybroker.sources.signed_in import SignedIn
 from keybroker.values import replace
 from tests.resident import Resident, until
 
@@ -179,6 +181,24 @@ def test_the_next_process_tells_it_no_second_time(state: Path) -> None:
     assert list(after.soon) == ["corp"]
     [over] = Endings(state, desk.config).look(ends)
     assert over.over
+
+
+def test_a_token_in_its_last_minute_is_no_key(state: Path) -> None:
+    """Who could not renew it is needed; one that can be renewed is no reason to call them."""
+    desk = Desk(state, configured(corp={}))
+    held = Held()
+    held.store = Store(state, desk.key)
+    source = SignedIn(desk.config.profiles["for-corp"], {}, held)
+    now = datetime.now(UTC)
+    for left, works in ((70, True), (50, False)):
+        desk.keep(refreshed_at=now - HOUR, access_ends=now + timedelta(seconds=left))
+        if works:
+            lease = source.issue("").lease
+            assert lease.expires_at == lease.reread_at == now + timedelta(seconds=left - 60)
+            continue
+        with pytest.raises(LoginNeeded, match="login corp: the sign-in has ended"):
+            source.issue("")
+    source.close()
 
 
 # programs that are told
