@@ -26,6 +26,7 @@ from keybroker.errors import ConfigError
 from tests.canaries import Canaries
 from tests.resident import Home, Resident
 from tests.servers.claude import NEWEST, run_claude
+from tests.servers.exchange import Actions, Exchange
 from tests.servers.install import installed, litellm_folder
 from tests.servers.litellm import LiteLLM
 from tests.servers.upstream import MODEL
@@ -46,6 +47,7 @@ class Runner:
     outputs: dict[str, dict[str, str]] = field(default_factory=dict)
     actions: list[dict[str, Any]] = field(default_factory=list)
     failed: bool = False
+    given: Mapping[str, str] = field(default_factory=dict)  # what each step has of the runner's
     raw: str = ""  # all that steps printed, before anything was masked
 
     def run(self, job: Mapping[str, Any], *, fails: str | None = None) -> None:
@@ -76,6 +78,7 @@ class Runner:
                 "HOME": str(self.home.path),
                 "RUNNER_TEMP": str(self.temp),
                 "GITHUB_OUTPUT": str(output),
+                **self.given,
                 **env,
             },
             stdin=subprocess.DEVNULL,
@@ -195,6 +198,48 @@ def test_it_ends_also_when_a_step_fails(
     assert len(runner.actions) == (1 if step == "Claude Code" else 0)
     assert not alive(litellm, runner.outputs["keybroker"]["key"])
     assert ours(litellm, runner) == []
+
+
+def test_a_job_needs_no_secret_where_it_signs_in_by_itself(
+    runner: Runner, litellm: LiteLLM
+) -> None:
+    """GitHub says which job it is; what a provider gives for that mints the key, and ends it."""
+    with Actions() as actions, Exchange(actions.signer) as provider:
+        provider.give = lambda: litellm.master_key
+        config = read(
+            f'[profiles.work]\nbase_url = "{litellm.url}"\n'
+            '[profiles.work.source]\ntype = "litellm"\nlogin = "ci"\n'
+            '[logins.ci]\ntype = "workload"\njwt = "github-actions"\ngrant = "jwt_bearer"\n'
+            f'jwt_audience = "{provider.url}"\ntoken_url = "{provider.token_url}"\n'
+        )
+        text = github_actions.plan(config.profile("work"), Place.here(), "user").text
+        job = from_yaml(text)
+        assert "secrets." not in text
+        assert job["permissions"] == {"contents": "read", "id-token": "write"}
+        runner.secrets, runner.given = {}, actions.variables
+        runner.run({**job, "steps": job["steps"][:-1]})
+        assert not runner.failed, runner.log
+        key = runner.outputs["keybroker"]["key"]
+        assert alive(litellm, key)
+        runner.run({**job, "steps": job["steps"][-1:]})
+        assert not runner.failed, runner.log
+        assert not alive(litellm, key)
+        assert provider.asked[0]["grant_type"].endswith(":jwt-bearer")
+    files = [one.read_bytes() for one in runner.home.path.rglob("*") if one.is_file()]
+    known = [litellm.master_key.encode(), actions.secret.encode()]
+    assert [one for one in known if any(one in data for data in files)] == []
+
+
+def test_a_person_s_login_is_none_of_a_job_s() -> None:
+    """There a key with few rights makes the job's key, as without a login."""
+    config = read(
+        '[profiles.work]\nbase_url = "https://llm.example.com"\n'
+        '[profiles.work.source]\ntype = "litellm"\nlogin = "corp"\n'
+        '[logins.corp]\ntype = "oidc"\nissuer = "https://login.example.com"\n'
+    )
+    text = github_actions.plan(config.profile("work"), Place.here(), "user").text
+    assert "corp" not in text
+    assert 'admin = { env = "KEYBROKER_ADMIN_KEY" }' in text
 
 
 def test_nobody_reads_a_key_in_the_log(runner: Runner, job: dict[str, Any]) -> None:

@@ -15,7 +15,9 @@ from keybroker import guidance
 from keybroker.config import Profile
 from keybroker.connect.plan import Place, Plan
 from keybroker.errors import ConfigError
+from keybroker.fields import GITHUB
 from keybroker.rotation import Kind
+from keybroker.signin import SignIn
 from keybroker.tables import table_lines
 
 SCOPES = ("user",)
@@ -32,10 +34,10 @@ HERE = (  # this machine's
     guidance.TTL_VARIABLE,
 )
 STEPS = """\
-# Steps of one job. Secret: KEYBROKER_ADMIN_KEY, a key with key-management rights and few of them.
+# Steps of one job. {needs}
 # Variable: KEYBROKER, what pip installs keybroker from: a wheel's or a repository's address.
 timeout-minutes: {minutes}  # a key lives as long as the job may take
-env:
+{permissions}env:
 {environment}
 steps:
   - name: Install keybroker
@@ -57,8 +59,7 @@ steps:
       KEYBROKER_CONFIG: ${{{{ runner.temp }}}}/keybroker.toml
       XDG_STATE_HOME: ${{{{ runner.temp }}}}
       XDG_RUNTIME_DIR: ${{{{ runner.temp }}}}
-      KEYBROKER_ADMIN_KEY: ${{{{ secrets.KEYBROKER_ADMIN_KEY }}}}
-
+{secret}
   - name: Claude Code
     uses: anthropics/claude-code-action@v1
     with:
@@ -75,8 +76,14 @@ steps:
       KEYBROKER_CONFIG: ${{{{ runner.temp }}}}/keybroker.toml
       XDG_STATE_HOME: ${{{{ runner.temp }}}}
       XDG_RUNTIME_DIR: ${{{{ runner.temp }}}}
-      KEYBROKER_ADMIN_KEY: ${{{{ secrets.KEYBROKER_ADMIN_KEY }}}}
-"""
+{secret}"""
+
+
+SECRET = f"      {ADMIN}: ${{{{ secrets.{ADMIN} }}}}\n"
+NEEDS = f"Secret: {ADMIN}, a key with key-management rights and few of them."
+NEEDS_NONE = "Without a secret: GitHub says which job it is, and the provider trusts it."
+# As GitHub gives a checkout by itself, and what a job may ask who it is with.
+PERMISSIONS = "permissions:\n  contents: read\n  id-token: write\n"
 
 
 def plan(profile: Profile, place: Place, scope: str) -> Plan:
@@ -92,28 +99,45 @@ def plan(profile: Profile, place: Place, scope: str) -> Plan:
             "one job",
             hint="put a key into a secret, and pass it as anthropic_api_key",
         )
+    machine = _machine(profile)
     variables = {k: v for k, v in guidance.environment(profile).items() if k not in HERE}
     before = [
         "a pull request from a fork has no secrets, and so no key",
         "what runs in the job could change what its last step does: use the smallest admin key",
     ]
+    if machine is not None:
+        before = ["the provider has to trust this repository's jobs, and no pull request's"]
     if profile.ca is not None:
         before.append("the gateway's authority (ca) has to come with the checkout; it is left out")
     text = STEPS.format(
         minutes=MINUTES,
         environment=_indented(_yaml(variables), 2),
-        configuration=_indented(_configuration(profile), 6),
+        configuration=_indented(_configuration(profile, machine), 6),
         profile=profile.name,
+        needs=NEEDS if machine is None else NEEDS_NONE,
+        permissions="" if machine is None else PERMISSIONS,
+        secret=SECRET if machine is None else "",
     )
     return Plan(before=tuple(before), text=text)
 
 
-def _configuration(profile: Profile) -> list[str]:
+def _machine(profile: Profile) -> SignIn | None:
+    """Return the login that a job signs in to by itself, where keys are minted with one."""
+    for one in profile.logins:
+        if one.unattended and one.settings["jwt"] == GITHUB:
+            return one
+    return None
+
+
+def _configuration(profile: Profile, machine: SignIn | None) -> list[str]:
     """Return the runner's whole configuration: the profile, with what is there in place of here."""
     table: dict[str, Any] = {k: v for k, v in profile.raw.items() if k not in LEFT_OUT}
-    source = {**table["source"], "admin": {"env": ADMIN}, "lifetime": f"{MINUTES}m"}
-    table = {**table, "export": "paste", "source": source}
+    source = {k: v for k, v in table["source"].items() if k not in ("admin", "login")}
+    source |= {"admin": {"env": ADMIN}} if machine is None else {"login": machine.name}
+    table = {**table, "export": "paste", "source": {**source, "lifetime": f"{MINUTES}m"}}
     lines = ["[cache]", 'key = "file"', *table_lines(("profiles", profile.name), table)]
+    if machine is not None:
+        lines += table_lines(("logins", machine.name), machine.raw)
     return [line for line in lines if line]
 
 
