@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 from keybroker.errors import KeybrokerError, NobodyAnswers, place
 from keybroker.login import page
 from keybroker.login.tokens import Tokens
+from keybroker.values import dataclass, field
 
 SHOWN_SECONDS = 5.0  # until the page was fetched, or nobody will
 REQUEST_SECONDS = 5.0  # for one request to be sent
@@ -31,9 +32,19 @@ class _Server(ThreadingHTTPServer):
         """Write nothing: who goes away is no trouble of ours."""
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one request is answered; `sent` is called when it is."""
+
+    status: int
+    text: str
+    headers: Mapping[str, str] = field(default_factory=lambda: {"content-type": "text/plain"})
+    sent: Callable[[], None] = lambda: None
+
+
 class Loopback:
     """
-    Listens from the beginning; used as a context.
+    Listens from the beginning until it is closed.
 
     Args:
         login: Its name, for the page.
@@ -71,6 +82,7 @@ class Loopback:
             ) from None
         self.port = self._server.server_address[1]
         self.address = f"http://{host}:{self.port}{path}"
+        self._hosts = {f"{name}:{self.port}" for name in ("127.0.0.1", "localhost")}
         self._thread = threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
         )
@@ -119,13 +131,26 @@ class Loopback:
                 self._done.set()
         return True
 
-    def is_for(self, path: str) -> bool:
+    def answer(self, host: str | None, address: str) -> "Answer":
+        """Return what whoever asks is told; a favicon, or a stranger, nothing."""
+        path = urlsplit(address).path
+        if host not in self._hosts:
+            return Answer(404, "Not found")
+        if self._is_for(path):
+            if self.take(read_answer(address)):
+                return Answer(303, "", {"location": self._over})
+            return Answer(400, page.failure(self._login, STRANGER), page.HEADERS)
+        if path == self._over and self._done.is_set():
+            return Answer(*self._page(), page.HEADERS, self._shown.set)
+        return Answer(404, "Not found")
+
+    def _is_for(self, path: str) -> bool:
         """Say whether a path is the one that is answered, or that with the state after it."""
         with_state = f"{self._path.rstrip('/')}/{self._state}"
         known = bool(self._state) and hmac.compare_digest(path.encode(), with_state.encode())
         return (path or "/") == self._path or known
 
-    def page(self) -> tuple[int, str]:
+    def _page(self) -> tuple[int, str]:
         """Return the page about how it ended."""
         if isinstance(self._found, KeybrokerError):
             return 400, page.failure(self._login, _sentence(self._found.message))
@@ -142,31 +167,16 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.0"  # a connection ends with its answer
 
     def do_GET(self) -> None:
-        owner = self.owner
-        target = urlsplit(self.path)
-        here = {f"{name}:{owner.port}" for name in ("127.0.0.1", "localhost")}
-        if self.headers.get("host") not in here:
-            self._answer(404, "Not found")
-        elif owner.is_for(target.path):
-            if owner.take(read_answer(self.path)):
-                self._answer(303, "", {"location": owner._over})
-            else:
-                self._answer(400, page.failure(owner._login, STRANGER), page.HEADERS)
-        elif target.path == owner._over and owner._done.is_set():
-            status, text = owner.page()
-            self._answer(status, text, page.HEADERS)
-            owner._shown.set()
-        else:  # a favicon, or a stranger
-            self._answer(404, "Not found")
-
-    def _answer(self, status: int, text: str, headers: Mapping[str, str] | None = None) -> None:
-        data = text.encode()
-        self.send_response(status)
-        for name, value in (headers or {"content-type": "text/plain"}).items():
+        """Send what there is to be said."""
+        found = self.owner.answer(self.headers.get("host"), self.path)
+        data = found.text.encode()
+        self.send_response(found.status)
+        for name, value in found.headers.items():
             self.send_header(name, value)
         self.send_header("content-length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+        found.sent()
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         """Write nothing: an address has the code in it."""
