@@ -25,6 +25,7 @@ from keybroker.credential import (
     sha256,
 )
 from keybroker.errors import (
+    CANNOT_KEEP,
     CLASSES,
     JournalError,
     KeybrokerError,
@@ -62,7 +63,6 @@ EXTRA_SECONDS = 4.0  # a worker's hard timer beyond its calls' own deadlines
 EXPORT_SECONDS = 4.0  # to write a file of a few bytes
 EXPORT_AGAIN = timedelta(seconds=30)  # after the disk did not have it
 ASKED_AGAIN = timedelta(seconds=5)  # who asks in vain has a failed call tried again this early
-CANNOT_KEEP = 'unlock the keyring, or set key = "file" in a table [cache]; see docs/cache.md'
 _NEVER = datetime.max.replace(tzinfo=UTC)
 ROUNDED = timedelta(seconds=60)  # due times of profiles with shorter holds are not rounded
 

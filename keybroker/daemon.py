@@ -9,7 +9,7 @@ import os
 import selectors
 import signal
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,7 @@ class Daemon:
         self._compacting: int | None = None  # the request that compacts the journal
         self._following: int | None = None  # the request that mends settings
         self._follows = True  # it is to be sent
-        self._signing: dict[int, Answer | None] = {}  # requests about sign-ins, and their answers
+        self._signing: dict[int, Callable[[Answer], None]] = {}  # requests about sign-ins
         self._written = 0  # records since the last time
         self._unlock_at, self._unlock_after = NEVER, UNLOCK_SECONDS[0]
         self._listen_at = NEVER  # the socket is gone and could not be made again
@@ -333,7 +333,7 @@ class Daemon:
                 if answer.error is not None:
                     self._log.once("warning", answer.error.message, about="compaction")
             elif answer.id in self._signing:
-                self._signing[answer.id] = answer
+                self._signing.pop(answer.id)(answer)
                 self._look_at_endings()
             elif answer.id in self._hooked:
                 self._hooked.discard(answer.id)
@@ -792,25 +792,18 @@ class Daemon:
         number = self._pool.send(
             "login",
             "sign",
-            ACT_SECONDS,
+            ACT_SECONDS + sign_in.seconds,
             urgent=True,
             login=sign_in.text,
             stage=stage,
             key=key,
             **broker.opener(sign_in.issuer),
         )
-        self._signing[number] = None
+        answered: list[Answer] = []
 
-        def result(late: bool) -> Any | None:
-            answer = self._signing[number]
-            if answer is None and not late:
-                return None
-            del self._signing[number]
-            if answer is None:
-                raise NotReady("the daemon is busy", hint="try again")
-            if answer.error is not None:
-                raise answer.error
-            for profile in self._config.profiles.values():
+        def take(answer: Answer) -> None:  # whether or not the command is still there
+            answered.append(answer)
+            for profile in self._config.profiles.values() if answer.error is None else ():
                 if not any(one.name == name for one in profile.logins):
                     continue
                 if stage in ("keep", "try"):
@@ -818,9 +811,18 @@ class Daemon:
                 elif stage != "check" and not profile.kind.ours:  # the token itself
                     broker.drop(profile.name)
                     self._pool.send("cache", "forget", ACT_SECONDS, profile=profile.name)
-            return answer.ok
 
-        return Job(client, result, time.monotonic() + ACT_SECONDS)
+        def result(late: bool) -> Any | None:
+            if not answered and not late:
+                return None
+            if not answered:
+                raise NotReady("the daemon is busy", hint="try again")
+            if answered[0].error is not None:
+                raise answered[0].error
+            return answered[0].ok
+
+        self._signing[number] = take
+        return Job(client, result, time.monotonic() + ACT_SECONDS + sign_in.seconds)
 
     def _stop(self, asked: Mapping[str, Any], client: Client) -> Job | None:
         client.send(wire.answer({"pid": os.getpid()}), last=True)

@@ -6,6 +6,9 @@ foreign exception's text: either may contain a key. The hint is what to type.
 
 from datetime import timedelta
 
+# What to type where nothing seals a secret.
+CANNOT_KEEP = 'unlock the keyring, or set key = "file" in a table [cache]; see docs/cache.md'
+
 
 class KeybrokerError(Exception):
     """Anything that keybroker says on stderr; docs/exit-status.md lists each `exit_status`."""

@@ -30,11 +30,13 @@ from keybroker.config import Profile, read_profile
 from keybroker.credential import Credential, Issuer, Lease, Reference, Secret, Session
 from keybroker.document import Where
 from keybroker.errors import (
+    CANNOT_KEEP,
     CacheError,
     CacheLocked,
     ConfigError,
     JournalError,
     KeybrokerError,
+    NobodyAnswers,
     SourceError,
 )
 from keybroker.guidance import TTL_VARIABLE
@@ -543,14 +545,14 @@ class Operations:
             key: Opens the file.
         """
         from keybroker import login as logins
-        from keybroker.login.tokens import NO_KEYRING, incoming
+        from keybroker.login.tokens import incoming
         from keybroker.signin import encode_standing, read_text
 
         sign_in = read_text(login)
         store = logins.store_of(sign_in, self.held.sign_ins, self.state)
         if self.held.store is None and sign_in.is_sealed:
             problem = f"login {sign_in.name}: nothing opens the sign-ins here"
-            raise CacheLocked(problem, hint=NO_KEYRING)
+            raise CacheLocked(problem, hint=CANNOT_KEEP)
         told = False
         if stage == "keep" and key is not None:
             given = incoming(self.state, Secret(key), self.disk)
@@ -570,8 +572,10 @@ class Operations:
             logins.leave(sign_in, store)
         elif stage == "forget":
             store.forget(sign_in.name)
-        else:
+        elif stage == "end":
             told = perform("sign_out", lambda: logins.end(sign_in, self.environment, store))
+        else:
+            raise NobodyAnswers("a sign-in is to be changed in words that are not known")
         return {"told": told}
 
     @property

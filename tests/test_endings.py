@@ -7,13 +7,14 @@ import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from keybroker import hooks
+from keybroker import asking, hooks, wire
 from keybroker.cache import find_wrap_key
 from keybroker.config import Config, parse
 from keybroker.credential import Secret
@@ -368,8 +369,46 @@ def test_a_sign_in_that_has_ended_says_what_to_type(signed: Signed, native_helpe
     assert resident.helper() == (77, "", said)
     resident.native = None
     assert resident.cli("get", "work") == (77, "", said)
+    needed = said.replace("keybroker: work: ", "keybroker: ").replace("; run:", "\nhint: run:")
+    assert resident.cli("check", "work") == (77, "", needed)
     resident.kill(15)
     assert resident.cli("get", "--no-start", "work") == (77, "", said)
+
+
+def test_signing_out_does_not_depend_on_who_waits_for_it(signed: Signed) -> None:
+    """A command that is gone has said what it wants: the token is not handed out any more."""
+    resident = signed.resident
+    signed.start(600)
+    assert resident.helper()[0] == 0
+    line = wire.control_line("sign", {"login": "corp", "stage": "leave", "key": None})
+    with closing(asking.connect(os.fsencode(resident.socket), time.monotonic() + 5)) as server:
+        server.sendall(line)
+    until(lambda: resident.helper()[0] == 77, 30)
+    assert resident.row()["held"] is False
+
+
+@pytest.mark.parametrize("words", [{"stage": "keep", "key": None}, {"stage": "stop"}, {}])
+def test_words_that_nobody_knows_end_no_sign_in(signed: Signed, words: dict[str, Any]) -> None:
+    """Of whoever asks the daemon to change one."""
+    resident = signed.resident
+    signed.start(600)
+    key = resident.helper()[1]
+    with pytest.raises(KeybrokerError, match="words that are not known"):
+        wire.control(resident.socket, "sign", 30, login="corp", **words)
+    assert resident.helper() == (0, key, "")
+    assert resident.cli("whoami")[0] == 0
+
+
+def test_without_a_keyring_it_is_said_what_would_do(resident: Resident) -> None:
+    """Nobody can sign in then, so that is not what is to be typed."""
+    resident.configure('[cache]\nkey = "memory"\n' + CONFIG.format(hook='["true"]', more=""))
+    resident.start()
+    status, key, said = resident.helper()
+    assert (status, key) == (69, "")
+    assert said == (
+        "keybroker: work: login corp: nothing opens the sign-ins here; "
+        'unlock the keyring, or set key = "file" in a table [cache]; see docs/cache.md\n'
+    )
 
 
 def test_status_and_doctor_say_what_to_type(signed: Signed) -> None:

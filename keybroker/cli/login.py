@@ -18,6 +18,7 @@ from keybroker.cli.sign_ins import described, row
 from keybroker.cli.work import configuration, daemon_socket, state
 from keybroker.config import Config
 from keybroker.errors import (
+    CANNOT_KEEP,
     CacheLocked,
     ConfigError,
     KeybrokerError,
@@ -246,6 +247,10 @@ class _Desk:
         # as long as we live: Ctrl-C would be lost in the end of what stands for it
         self._browser: subprocess.Popen[bytes] | None = None
 
+    @property
+    def _seconds(self) -> float:
+        return SIGN_SECONDS + self._sign_in.seconds
+
     def close(self) -> None:
         self._pool.close(at_once=True)
 
@@ -267,18 +272,18 @@ class _Desk:
         socket = daemon_socket()
         if socket is not None:
             found: Mapping[str, Any] = wire.control(
-                socket, "sign", SIGN_SECONDS, login=self._sign_in.name, stage=stage, key=key
+                socket, "sign", self._seconds, login=self._sign_in.name, stage=stage, key=key
             )
             return found
         opened = self._call("unlock", SIGN_SECONDS, kind=self._config.cache_key)
         if opened["key"] is None and self._sign_in.is_sealed:
             raise CacheLocked(
                 f"login {self._sign_in.name}: a sign-in can be kept nowhere: {opened['origin']}",
-                hint='unlock the keyring, or set key = "file" in a table [cache]',
+                hint=CANNOT_KEEP,
             )
         found = self._call(
             "sign",
-            SIGN_SECONDS,
+            self._seconds,
             login=self._sign_in.text,
             stage=stage,
             key=key,

@@ -4,13 +4,18 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from keybroker.broker import CANNOT_KEEP
 from keybroker.cli.base import coloured, in_words, progress
 from keybroker.cli.work import Desk, minted
 from keybroker.clock import Clock
 from keybroker.config import Profile
 from keybroker.credential import Credential
-from keybroker.errors import CacheLocked, KeybrokerError, SourceInvalid, SourceUnavailable
+from keybroker.errors import (
+    CANNOT_KEEP,
+    CacheLocked,
+    KeybrokerError,
+    SourceInvalid,
+    SourceUnavailable,
+)
 from keybroker.label import new_label
 from keybroker.rotation import Kind
 from keybroker.worker import decode_credential

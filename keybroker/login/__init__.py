@@ -251,6 +251,7 @@ def end(sign_in: SignIn, environment: Mapping[str, str], store: Store) -> bool:
         told = False
         if tokens is not None and tokens.standing.ended in ("", SIGNED_OUT):
             provider = provider_of(sign_in, environment)
+            provider.together()
             try:
                 told = provider.revoke(tokens)
             finally:

@@ -31,7 +31,6 @@ from keybroker.values import dataclass, field, replace
 # A provider may also grant less than was asked for.
 os.environ.update(dict.fromkeys(("OAUTHLIB_INSECURE_TRANSPORT", "OAUTHLIB_RELAX_TOKEN_SCOPE"), "1"))
 
-DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"
 METHODS = (BASIC, POST) = ("client_secret_basic", "client_secret_post")
 OURS = frozenset({"invalid_client", "unauthorized_client", "unsupported_grant_type"})
 LATER = frozenset({"temporarily_unavailable", "server_error", "slow_down"})

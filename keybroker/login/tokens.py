@@ -19,7 +19,13 @@ from typing import Any
 
 from keybroker.cache import cipher, not_sealed_so
 from keybroker.credential import Secret
-from keybroker.errors import CacheError, CacheLocked, CacheUnreadable, SourceUnavailable
+from keybroker.errors import (
+    CANNOT_KEEP,
+    CacheError,
+    CacheLocked,
+    CacheUnreadable,
+    SourceUnavailable,
+)
 from keybroker.paths import Disk, private_directory
 from keybroker.signin import (
     FOLDER,
@@ -33,7 +39,6 @@ from keybroker.signin import (
 )
 from keybroker.values import dataclass, field, replace
 
-NO_KEYRING = 'unlock the keyring, or set key = "file" in a table [cache]; see docs/cache.md'
 AGAIN_SECONDS = 0.02  # a lock is asked for so often
 
 
@@ -83,11 +88,6 @@ class Store:
         self._key = key
         self._disk = disk or Disk()
 
-    @property
-    def opens(self) -> bool:
-        """Say whether sign-ins can be kept here."""
-        return self._key is not None
-
     def load(self, sign_in: SignIn) -> Tokens | None:
         """
         Open a sign-in's file; None where there is none, or it was made by another table.
@@ -104,7 +104,7 @@ class Store:
         if data is None:
             return None
         if self._key is None:
-            raise CacheLocked(f"login {sign_in.name}: nothing opens its file", hint=NO_KEYRING)
+            raise CacheLocked(f"login {sign_in.name}: nothing opens its file", hint=CANNOT_KEEP)
         try:
             found = json.loads(data)
             sealed = base64.b64decode(found["sealed"], validate=True)
@@ -128,7 +128,7 @@ class Store:
         """
         name = tokens.standing.name
         if self._key is None:
-            raise CacheLocked(f"login {name}: a sign-in can be kept nowhere", hint=NO_KEYRING)
+            raise CacheLocked(f"login {name}: a sign-in can be kept nowhere", hint=CANNOT_KEEP)
         values, nonce = encode_tokens(tokens), os.urandom(12)
         header = values.pop("standing")
         sealed = nonce + cipher(self._key).encrypt(
@@ -202,7 +202,7 @@ def _bound(header: Mapping[str, Any]) -> bytes:
 
 
 def encode_tokens(tokens: Tokens) -> dict[str, Any]:
-    """Return what a sign-in gave as plain values, for a worker's pipe: secrets leave here."""
+    """Return what a sign-in gave as plain values, to be sealed: secrets leave here."""
     return {
         "standing": encode_standing(tokens.standing),
         "access": tokens.access.reveal(),

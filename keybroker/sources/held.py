@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 from keybroker.credential import Session
-from keybroker.errors import CacheLocked
+from keybroker.errors import CANNOT_KEEP, CacheLocked
 from keybroker.signin import SignIn
 from keybroker.values import replace
 
@@ -28,7 +28,8 @@ class Memory:
     def load(self, sign_in: SignIn) -> Any | None:
         """Return what is kept; CacheLocked where only a file could."""
         if not sign_in.unattended:
-            raise CacheLocked(f"login {sign_in.name}: nothing opens the sign-ins here")
+            problem = f"login {sign_in.name}: nothing opens the sign-ins here"
+            raise CacheLocked(problem, hint=CANNOT_KEEP)
         tokens = self._tokens.get(sign_in.name)
         return tokens if tokens is not None and tokens.standing.mark == sign_in.mark else None
 
