@@ -168,8 +168,7 @@ def expanded(value: Any, logins: Mapping[str, SignIn], path: tuple[str, ...], wh
             found[key] = one
         elif key == "login" and isinstance(one, str):
             if one not in logins:
-                known = ", ".join(logins) or "there is no [logins.NAME] table"
-                raise where.error((*path, key), f"no login has this name; {known}")
+                raise where.error((*path, key), unknown_login(one, list(logins)))
             if problem := _unfit(logins[one].type, path[-1], value.get("type", value.get("to"))):
                 raise where.error((*path, key), problem)
             found[key] = logins[one].text
@@ -191,6 +190,8 @@ def _unfit(kind: str, place: str, of: object) -> str:
         return 'a login of type vault is for [vault.auth]: method = "token"'
     if kind != "vault" and place == "token":
         return 'expected a login of type vault; the token of another is for method = "jwt"'
+    if kind == "openrouter" and of == "litellm":
+        return 'a key of OpenRouter\'s makes no keys at LiteLLM: it is for type = "login"'
     if kind == "aws-sso" and not at_aws:
         return "a login of type aws-sso is for [aws]"
     if kind != "aws-sso" and at_aws:
@@ -353,7 +354,8 @@ def one_named(name: str, known: Mapping[str, SignIn]) -> SignIn:
         ConfigError: There is none.
     """
     if name not in known:
-        raise ConfigError(f"config: {unknown_login(name, list(known))}")
+        hint = None if known else "see docs/login.md for what to write"
+        raise ConfigError(f"config: {unknown_login(name, list(known))}", hint=hint)
     return known[name]
 
 

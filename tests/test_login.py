@@ -472,4 +472,5 @@ def test_which_login_is_meant(ada: Person) -> None:
     assert ada.cli("login")[0] == 78
     ada.here.file.write_text('[cache]\nkey = "file"\n')
     problem = f"{OURS}config: there is no [logins.NAME] table\n"
+    problem += "hint: see docs/login.md for what to write\n"
     assert ada.cli("logout", "corp") == (78, "", problem)

@@ -577,7 +577,7 @@ def test_what_is_kept_of_a_role_is_for_that_role_and_login() -> None:
         ),
         ({"role_arn": ROLE, "web_identity": {"file": "/t"}}, "x: aws.web_identity: expected exact"),
         ({"login": "sso"}, "x: aws.login: expected a login of type aws-sso"),
-        ({"login": "nobody"}, "x: aws.login: no login has this name"),
+        ({"login": "nobody"}, "x: aws.login: no login 'nobody'; logins: corp, sso"),
         ({"logins": "corp"}, "x: aws.logins: logins is a table of its own"),
         ({"profil": "corp"}, "x: aws.profil: unknown key; did you mean profile?"),
     ],

@@ -6,13 +6,20 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
 from keybroker.cache import find_wrap_key
 from keybroker.config import load
 from keybroker.document import Where
-from keybroker.errors import KeybrokerError, SourceDenied, SourceInvalid, SourceUnavailable
+from keybroker.errors import (
+    ConfigError,
+    KeybrokerError,
+    SourceDenied,
+    SourceInvalid,
+    SourceUnavailable,
+)
 from keybroker.login.openrouter import OpenRouter as Provider
 from keybroker.login.tokens import Store
 from keybroker.signin import read_login
@@ -144,6 +151,20 @@ def test_what_is_no_key_is_said(
     assert type(caught.value) is kind
     assert words in caught.value.message
     assert "the-code" not in f"{caught.value.message}{caught.value.hint}"
+
+
+def test_its_key_makes_no_keys_at_litellm(tmp_path: Path) -> None:
+    """It is one itself."""
+    file = tmp_path / "config.toml"
+    file.write_text(
+        '[logins.router]\ntype = "openrouter"\n[profiles.work]\nbase_url = "https://llm.example"\n'
+        '[profiles.work.source]\ntype = "litellm"\nlogin = "router"\n'
+    )
+    with pytest.raises(ConfigError) as caught:
+        load((file,), {})
+    assert caught.value.message.startswith(
+        f"{file}:7: profiles.work.source.login: a key of OpenRouter's makes no keys at LiteLLM"
+    )
 
 
 def test_a_code_is_good_once_and_for_whoever_began(site: OpenRouter) -> None:

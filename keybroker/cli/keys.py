@@ -34,6 +34,7 @@ from keybroker.errors import (
     ConfigError,
     JournalError,
     KeybrokerError,
+    LoginNeeded,
     NobodyAnswers,
     NotReady,
     SourceDenied,
@@ -523,6 +524,8 @@ def check_command(
 ) -> None:
     """Exit 0 if PROFILE has a key with enough time left; 75 if not. Asks no gateway.
 
+    77 where there is none because nobody is signed in.
+
     A key that the gateway was seen to refuse is none, though it is handed out while it is
     replaced.
     """
@@ -560,6 +563,8 @@ def _check(profile: str | None, min_remaining: timedelta, *, quiet: bool, as_jso
         print(f"{wanted.name}: {'no end' if left == timedelta.max else in_words(left) + ' left'}")
     if enough:
         return
+    if left is None and row["code"] == LoginNeeded.code:
+        raise LoginNeeded(row["trouble"], hint=row["hint"])
     if left is None:
         raise NotReady(f"{wanted.name}: no key", hint=f"keybroker get {wanted.name}")
     if refused:
