@@ -135,8 +135,9 @@ def seen(version: str, case: Case) -> tuple[tuple[str, Headers], tuple[str, Head
             def first() -> tuple[str, dict[str, Any]] | None:
                 for one in servers.values():
                     for request in one.requests():
-                        # what is not a message is of somebody whose server had this port before
-                        if request["path"].startswith("/v1/messages"):
+                        # what is not a message, in whichever format, is of somebody whose
+                        # server had this port before
+                        if request["max_tokens"]:
                             return one.url, request
                 return None
 

@@ -15,6 +15,7 @@ EXIT_STATUS = {
     "ConfigError": 78,
     "SourceUnavailable": 75,
     "SourceDenied": 77,
+    "LoginNeeded": 77,
     "SourceInvalid": 77,
     "CacheError": 69,
     "CacheLocked": 69,
