@@ -167,9 +167,14 @@ class Answers:
         return min(ends, default=None)
 
     @property
-    def busy(self) -> bool:
+    def commanded(self) -> bool:
         """Say whether somebody waits for what was asked with a request for control."""
         return bool(self._jobs)
+
+    @property
+    def busy(self) -> bool:
+        """Say whether anybody waits for anything."""
+        return bool(self._jobs or self._waiting)
 
     def settle(self) -> None:
         """Answer those whose answer is there, or whose time is over; write the audit log."""

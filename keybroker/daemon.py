@@ -26,6 +26,7 @@ from keybroker import (
     paths,
     signin,
     standing,
+    starting,
     vault,
     wire,
 )
@@ -71,6 +72,9 @@ MEND_SECONDS = 0.5  # until guidance that somebody removed is written anew; it m
 LISTEN_SECONDS = 2.0  # between two tries to listen where that cannot be done for now
 MOST_WRITTEN = 10 * COMPACT_ABOVE  # records; then nothing is begun until the journal is compacted
 STOP_SECONDS = 5.0  # for what is under way when the daemon is told to end
+FINISH_SECONDS = 60.0  # the same before another version takes over, for which nobody waits
+SETTLE_SECONDS = 2.0  # after an installation's last change to our files
+TRIED_SECONDS = 0.1  # between two looks whether the other version could be loaded
 TICK_SECONDS = 30.0  # where a wake-up cannot be told from sleep
 FAILED_SECONDS = 1.0  # until the next turn, after one that failed
 LONGEST_SLEEP = 86_400.0
@@ -174,6 +178,8 @@ class Daemon:
         self._listen_at = NEVER  # the socket is gone and could not be made again
         self._mend_at = NEVER  # somebody changed the guidance
         self._ends_at: float | None = None  # it was told to end
+        self._upgrade = Upgrade()
+        self._becomes = False  # another version, instead of an end
         self._watchers: list[Client] = []
         self._told_at, self._tell_at = 0.0, NEVER
         self._failures = 0  # turns that ended with an exception
@@ -185,6 +191,7 @@ class Daemon:
 
         Raises:
             JournalError: The journal cannot be read: nothing could be promised.
+            OSError: The version that was installed meanwhile cannot be run.
         """
         self._journal.compact()
         self._journal.read()  # damaged, it is said now
@@ -259,6 +266,8 @@ class Daemon:
             self._watch_directories()
         if now >= self._mend_at:
             self._write_guidance()
+        if self._upgrade.due is not None and now >= self._upgrade.due:
+            self._take_over(now)
         if self._follows and self._following is None and not self._ownership.promised:
             self._follow()
         self._server.tidy(now)
@@ -272,6 +281,7 @@ class Daemon:
         self._tell_watchers(now)
         times = [self._pool.limit, self._unlock_at, self._listen_at, self._mend_at, self._ends_at]
         times += [self._push.due(), self._server.due, self._answers.due, self._claim_until]
+        times.append(self._upgrade.due)
         wake += [at for at in times if at is not None]
         if self._watchers:
             wake.append(self._tell_at)
@@ -292,6 +302,11 @@ class Daemon:
             return False
         busy = self._broker is not None and self._broker.busy
         busy = busy or self._compacting is not None
+        if self._becomes:  # nobody is to notice
+            busy = busy or self._answers.busy or self._server.busy
+            if self._ownership.promised:  # or the lock would be another's
+                self._ends_at = time.monotonic() + BORROWED_SECONDS
+                return False
         return not busy or time.monotonic() >= self._ends_at
 
     def _end(self) -> None:
@@ -299,6 +314,10 @@ class Daemon:
         self._answers.give_up(NotReady("the daemon was stopped", hint="try again"))
         self._answers.write_audit()
         self._pool.close(at_once=True)
+        if self._becomes:
+            signal.setitimer(signal.ITIMER_REAL, 0)  # it would outlive us
+            command = starting.command(self._state, Path(self._path), self._log.form)
+            listening.become(self._server.listeners, self._begun, command)
         self._server.close()
         if not self._begun.inherited:
             with suppress(OSError):
@@ -433,11 +452,24 @@ class Daemon:
             self._configure()
 
     def _begin_to_end(self) -> None:
-        if self._ends_at is None:
+        if self._ends_at is None or self._becomes:
+            self._becomes = False
             listening.notify("STOPPING=1")
             self._ends_at = time.monotonic() + STOP_SECONDS
             if self._broker is not None:
                 self._broker.wind_down()
+
+    def _take_over(self, now: float) -> None:
+        """Become the version that was installed, if it can be loaded; else go on."""
+        found = self._upgrade.look(now)
+        if found is False:
+            text = "keybroker was replaced by what cannot be loaded; this one goes on"
+            self._log.once("error", text, about="upgrade")
+        elif found and self._ends_at is None:
+            self._log.say("info", "keybroker was replaced; what is installed now takes over")
+            listening.notify(_reloading())
+            self._becomes = True
+            self._ends_at = now + FINISH_SECONDS
 
     def _clock_was_set(self, mask: int) -> None:
         assert self._timer is not None
@@ -453,9 +485,9 @@ class Daemon:
     def _look_at_files(self) -> None:
         """Read what is new: configuration, credentials. Listen anew where the socket is gone."""
         files, keys = document.states(self._config_files), document.states(self._credential_files())
-        if _content(PACKAGE) not in (self._seen_package, None) and self._ends_at is None:
-            self._log.say("info", "keybroker was replaced; the next ask starts the new one")
-            self._begin_to_end()
+        if (package := _content(PACKAGE)) not in (self._seen_package, None):
+            self._seen_package = package
+            self._upgrade.seen(time.monotonic())
         if files != self._seen_files:
             self._seen_files = files
             self._configure()
@@ -507,7 +539,7 @@ class Daemon:
 
     def _configure(self) -> ConfigError | None:
         """Read the configuration again; a bad one changes nothing."""
-        listening.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        listening.notify(_reloading())
         try:
             fresh = load(self._config_files)
             for file in self._file.files:
@@ -939,7 +971,7 @@ class Daemon:
             if broker.has(name):
                 broker.end(name, OVER)
             self._pool.send("cache", "forget", ACT_SECONDS, profile=name)
-        if self._runs.leaving and not self._answers.busy:
+        if self._runs.leaving and not self._answers.commanded:
             self._runs.leaving -= {name for name in self._runs.leaving if broker.forget(name)}
 
     def _lend(self, asked: Mapping[str, Any], client: Client) -> Job:
@@ -964,6 +996,11 @@ class Daemon:
 NOT_TOLD = "sessions that watch it take a new key at their next refresh, or after one 401"
 
 
+def _reloading() -> str:
+    """Return what a service manager is told before a READY=1 that is not the first."""
+    return f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}"
+
+
 def _standing(folder: Path) -> Path:
     """Return a folder, or the one above it in which it would have to be made again."""
     while not os.path.isdir(folder) and folder != folder.parent:
@@ -986,6 +1023,42 @@ class _Everything:
 
     def __contains__(self, item: object) -> bool:
         return True
+
+
+class Upgrade:
+    """
+    Whether another version was installed, and can be loaded.
+
+    Attributes:
+        due: When to look again, by the monotonic clock; None: nothing was installed.
+    """
+
+    def __init__(self) -> None:
+        self.due: float | None = None
+        self._trial: int | None = None  # a process that loads it
+
+    def seen(self, now: float) -> None:
+        """Know that a file of ours was replaced; others may follow."""
+        self.due = now + SETTLE_SECONDS
+        if self._trial is not None:  # of files that were not all there
+            os.kill(self._trial, signal.SIGKILL)
+            os.waitpid(self._trial, 0)
+            self._trial = None
+
+    def look(self, now: float) -> bool | None:
+        """Say whether it can be loaded; None when that is not known yet."""
+        if self._trial is None:
+            try:
+                self._trial = starting.try_out(os.environ)
+            except OSError:
+                self.due = None
+                return False
+        ended, status = os.waitpid(self._trial, os.WNOHANG)
+        if not ended:
+            self.due = now + TRIED_SECONDS
+            return None
+        self._trial = self.due = None
+        return status == 0
 
 
 class _Signals:

@@ -18,6 +18,7 @@ from keybroker import kernel
 BACKLOG = 4096
 LOCK_SECONDS = 45.0  # an old worker ends within its hard timer
 FIRST_INHERITED = 3  # sd_listen_fds(3)
+OWN, LOCK = "keybroker-own", "keybroker-lock"  # what a daemon hands down to the one that it becomes
 NOFILE = 16_384
 
 
@@ -38,7 +39,8 @@ def begin(state: str, path: str) -> Begun | None:
 
     Args:
         state: The state directory, private.
-        path: Where to listen, in a private directory, unless a socket was inherited.
+        path: Where to listen, in a private directory, unless a socket was inherited. A daemon that
+            became this one has handed down its lock as well; see `become`.
 
     Returns:
         None when another daemon has the place.
@@ -49,16 +51,47 @@ def begin(state: str, path: str) -> Begun | None:
     os.umask(0o077)
     kernel.close_to_debuggers()
     _open_standard_files()
-    sockets = inherited()
-    lock = _lock(os.path.join(state, "owner.lock"), "" if sockets else path)
+    handed = inherited()
+    lock = next((number for number, name in handed if name == LOCK), None)
+    given = [(number, name) for number, name in handed if name != LOCK]
+    made = all(name == OWN for _, name in given)
+    if lock is None:
+        lock = _lock(os.path.join(state, "owner.lock"), "" if given else path)
     if lock is None:
         return None
     _raise_limit()
-    made = not sockets
-    if made:
-        sockets = [listen(path)]
+    sockets = [_socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, at) for at, _ in given]
+    for one in sockets:
+        one.setblocking(False)
+    sockets = sockets or [listen(path)]
     record_owner(lock, path)
     return Begun(lock, sockets, inherited=not made)
+
+
+def become(sockets: list[_socket.socket], begun: Begun, arguments: list[str]) -> None:
+    """
+    Run another version in our place: in this process, with its lock and with whoever waits.
+
+    Args:
+        sockets: Those that listen now.
+        begun: As it began.
+        arguments: Its command line.
+
+    Raises:
+        OSError: It cannot be run. Descriptors are not what they were; nothing is left but to end.
+    """
+    name = "" if begun.inherited else OWN
+    handed = [(one.fileno(), name) for one in sockets] + [(begun.lock, LOCK)]
+    above = FIRST_INHERITED + len(handed)
+    copies = [fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, above) for number, _ in handed]
+    for at, copy in enumerate(copies, FIRST_INHERITED):
+        os.dup2(copy, at)
+    told = {
+        "LISTEN_PID": str(os.getpid()),
+        "LISTEN_FDS": str(len(handed)),
+        "LISTEN_FDNAMES": ":".join(name for _, name in handed),
+    }
+    os.execve(arguments[0], arguments, {**os.environ, **told})
 
 
 def _open_standard_files() -> None:
@@ -165,22 +198,20 @@ def listen(path: str) -> _socket.socket:
     return made
 
 
-def inherited() -> list[_socket.socket]:
+def inherited() -> list[tuple[int, str]]:
     """
-    Return the listening sockets that a service manager handed down, if it means us.
+    Return the descriptors that a service manager handed down, if it means us, and their names.
 
     See: sd_listen_fds(3). The variables are taken out of the environment.
     """
     pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
-    os.environ.pop("LISTEN_FDNAMES", None)
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
     if pid != str(os.getpid()) or not count.isdigit():
         return []
-    found = []
-    for number in range(FIRST_INHERITED, FIRST_INHERITED + int(count)):
+    names += [""] * int(count)
+    found = list(enumerate(names[: int(count)], FIRST_INHERITED))
+    for number, _ in found:
         os.set_inheritable(number, False)
-        one = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, number)
-        one.setblocking(False)
-        found.append(one)
     return found
 
 

@@ -19,13 +19,13 @@ class Log:
 
     def __init__(self, descriptor: int, form: str) -> None:
         self._descriptor = descriptor
-        self._form = form
+        self.form = form
         self._said: dict[str, list[str]] = {}  # what was said about something, the newest last
 
     def say(self, level: str, text: str, profile: str = "") -> None:
         """Write a line."""
         now = datetime.now(UTC)
-        if self._form == "json":
+        if self.form == "json":
             values = {"at": now.isoformat(timespec="milliseconds").replace("+00:00", "Z")}
             values |= {"level": level, "text": text}
             if profile:
@@ -33,7 +33,7 @@ class Log:
             line = json.dumps(values)
         else:
             line = f"{profile}: {text}" if profile else text
-            if self._form == "journal":
+            if self.form == "journal":
                 line = f"<{LEVELS[level]}>{line}"
             else:
                 line = f"{now.astimezone().strftime('%Y-%m-%d %H:%M:%S')} {level}: {line}"

@@ -162,6 +162,16 @@ class Server:
         self._resume()
 
     @property
+    def listeners(self) -> list[_socket.socket]:
+        """The sockets that it listens at now."""
+        return list(self._listeners)
+
+    @property
+    def busy(self) -> bool:
+        """Say whether somebody has begun to ask, or to take an answer."""
+        return bool(self.late)
+
+    @property
     def due(self) -> float | None:
         """When, by the monotonic clock, `tidy` has something to do."""
         first = next(iter(self.late.values()), None)

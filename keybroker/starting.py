@@ -16,6 +16,7 @@ LARGEST_LOG = 1 << 20
 START_SECONDS = 5.0
 # `-S`: site packages are of no use to it, and what they run at every start costs memory for good.
 _BOOT = "import sys; sys.path.append(sys.argv.pop(1)); from keybroker.listening import main; main()"
+_LOADS = "import sys; sys.path.append(sys.argv[1]); import keybroker.listening, keybroker.daemon"
 # Beside what a worker may have: where files are, and what a [vault] table leaves out.
 _OURS = ("KEYBROKER_CONFIG", "XDG_CONFIG_HOME", "XDG_STATE_HOME", *vault.VARIABLES)
 
@@ -24,6 +25,22 @@ def command(state: Path, socket: Path, form: str) -> list[str]:
     """Return the command line of a daemon; no secret is in it."""
     package = str(Path(__file__).parent.parent)
     return [sys.executable, "-IS", "-c", _BOOT, package, str(state), str(socket), form]
+
+
+def try_out(environment: Mapping[str, str]) -> int:
+    """
+    Start a process that ends with 0 if the version that is installed now can be loaded.
+
+    Returns:
+        Its pid.
+
+    Raises:
+        OSError: The interpreter cannot be started.
+    """
+    package = str(Path(__file__).parent.parent)
+    arguments = [sys.executable, "-IS", "-c", _LOADS, package]
+    nothing = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in range(3)]
+    return os.posix_spawn(arguments[0], arguments, dict(environment), file_actions=nothing)
 
 
 def scrubbed(environment: Mapping[str, str], named: Iterable[str]) -> dict[str, str]:
