@@ -68,6 +68,14 @@ CACHE = {
 HOOKS = {
     "login_ending": Field(COMMAND, "Told ahead of the end of a sign-in, and at its end."),
 }
+SERVICE = {
+    "writable": Field(
+        TEXTS,
+        "Folders that programs of yours write into, which `keybroker service install` opens for "
+        "the daemon.",
+        default=(),
+    ),
+}
 PROFILE = {
     "base_url": Field(
         URL,
@@ -406,6 +414,7 @@ class Config:
     files: tuple[Path, ...]
     logins: Mapping[str, SignIn] = field(default_factory=dict)
     hooks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by event
+    writable: tuple[str, ...] = ()
 
     def profile(self, name: str | None) -> Profile:
         """
@@ -561,7 +570,11 @@ def parse(
         raise where.error(("default",), "no profile has this name")
     hooks = read_table_of(_dict(tables, "hooks", where), HOOKS, ("hooks",), where)
     named = {event: command for event, command in hooks.items() if command is not None}
-    return Config(profiles, default, cache["key"], files, logins, named)
+    service = read_table_of(_dict(tables, "service", where), SERVICE, ("service",), where)
+    for folder in service["writable"]:
+        if not folder.startswith(("/", "~/")):
+            raise where.error(("service", "writable"), "expected folders that begin with / or ~/")
+    return Config(profiles, default, cache["key"], files, logins, named, tuple(service["writable"]))
 
 
 def _located(

@@ -33,6 +33,7 @@ TABLES = (
     "aws",
     "logins",
     "hooks",
+    "service",
     "profiles",
 )  # at the top of a file, and nowhere else
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")  # of a profile, of a login

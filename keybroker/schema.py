@@ -5,7 +5,7 @@ from datetime import timedelta
 from typing import Any
 
 from keybroker import aws
-from keybroker.config import CACHE, CLAUDE, GENERAL, HOOKS, PROFILE, PUBLISH, SOURCES
+from keybroker.config import CACHE, CLAUDE, GENERAL, HOOKS, PROFILE, PUBLISH, SERVICE, SOURCES
 from keybroker.fields import NAME, Field, show_duration
 from keybroker.login_types import LOGINS
 from keybroker.vault import AUTH, PLACE
@@ -37,6 +37,7 @@ def schema() -> dict[str, Any]:
             **_object(GENERAL)["properties"],
             "cache": _object(CACHE),
             "hooks": _object(HOOKS),
+            "service": _object(SERVICE),
             "vault": vault,
             "aws": _object(aws.PLACE),
             "logins": {

@@ -33,6 +33,7 @@ COMMANDS = {
     "models": ("models", "List a gateway's models, their tiers and their output limits."),
     "daemon": ("daemon", "Run the daemon, which has keys ready and replaces them in time."),
     "reload": ("daemon", "Have the daemon read its configuration again."),
+    "service": ("service", "Have the system keep the daemon running."),
     "status": ("status", "Show every profile's key, what comes next, and what to paste."),
     "verify": ("verify", "Try a profile's key at its gateway, as Claude Code uses it."),
     "run": ("run", "Run a program with a key of its own, which ends with it."),

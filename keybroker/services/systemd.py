@@ -1,0 +1,295 @@
+"""systemd: the units of `systemd/`, a drop-in for what the profiles need, and systemctl.
+
+See: systemd.unit(5), systemd.exec(5), systemd.syntax(7).
+"""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from keybroker.errors import ConfigError, NobodyAnswers
+from keybroker.paths import Disk, runtime_directory
+from keybroker.services.needs import Needs
+from keybroker.values import dataclass
+
+SERVICE, SOCKET = "keybroker.service", "keybroker.socket"
+DROP_IN = "keybroker.service.d/50-profiles.conf"
+PLACE = "share/keybroker/systemd"  # below where Python's own data is
+COMMAND_SECONDS = 30.0
+READY_SECONDS = 60.0
+PROGRAM = "from keybroker.cli import main; main()"
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """How the units stand. `pid` is 0 where none runs, `result` why the last one ended."""
+
+    installed: bool
+    current: bool  # the files are what would be written now
+    enabled: bool
+    active: str
+    pid: int
+    restarts: int
+    result: str
+
+
+class Systemd:
+    """
+    One manager: a user's own, or the system's.
+
+    Args:
+        environment: Of whoever calls us.
+        system: The system's, for all users of a shared host.
+    """
+
+    name = "systemd"
+
+    def __init__(self, environment: Mapping[str, str], *, system: bool = False) -> None:
+        self._environment, self._system = environment, system
+        if system:
+            self.folder = Path("/etc/systemd/system")
+        else:
+            home = Path(environment.get("HOME", "~")).expanduser()
+            self.folder = Path(environment.get("XDG_CONFIG_HOME") or home / ".config")
+            self.folder = self.folder / "systemd/user"
+        self._scope = [] if system else ["--user"]
+
+    # files
+
+    def files(self, needs: Needs) -> dict[Path, str]:
+        """Return what is to be written where."""
+        kind = "system" if self._system else "user"
+        words = (sys.executable, "-I", "-c", PROGRAM)
+        command = " ".join(quoted(one).replace("$", "$$") for one in words)
+        found = {
+            self.folder / name: template(f"{kind}/{name}").replace("@KEYBROKER@", command)
+            for name in (SOCKET, SERVICE)
+        }
+        return {**found, self.folder / DROP_IN: drop_in(needs)}
+
+    def write(self, needs: Needs) -> list[Path]:
+        """
+        Put the units in place.
+
+        Returns:
+            The files that were not as they are now.
+
+        Raises:
+            ConfigError: A file cannot be written.
+        """
+        changed = []
+        for file, text in self.files(needs).items():
+            try:
+                file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+                if content(file) != text:
+                    Disk().replace(file, text.encode())
+                    file.chmod(0o644)
+                    changed.append(file)
+            except OSError as error:
+                raise ConfigError(f"{file}: cannot be written ({error.strerror})") from None
+        return changed
+
+    def remove(self) -> list[Path]:
+        """Remove what `write` has put in place; return what there was."""
+        removed = []
+        for name in (DROP_IN, SERVICE, SOCKET):
+            with suppress(FileNotFoundError):
+                (self.folder / name).unlink()
+                removed.append(self.folder / name)
+        for folder in ((self.folder / DROP_IN).parent, self.folder, self.folder.parent):
+            if not self._system:
+                with suppress(OSError):  # it is somebody else's too
+                    folder.rmdir()
+        return removed
+
+    @property
+    def installed(self) -> bool:
+        """Say whether our units are there."""
+        return (self.folder / SOCKET).exists() and (self.folder / SERVICE).exists()
+
+    # the manager
+
+    def check(self) -> None:
+        """
+        See that there is a manager to talk to.
+
+        Raises:
+            NobodyAnswers: There is none.
+        """
+        done = self._systemctl("is-system-running")
+        if done.stdout.strip() in ("running", "degraded", "starting", "initializing"):
+            return
+        if self._system:
+            raise NobodyAnswers(
+                "systemd is not what runs this machine", hint="keybroker daemon, under what does"
+            )
+        uid = os.geteuid()
+        hint = (
+            f"sudo loginctl enable-linger $USER; export XDG_RUNTIME_DIR=/run/user/{uid}; or where "
+            "there is no systemd: the daemon needs no service, `keybroker get` starts it"
+        )
+        raise NobodyAnswers("no systemd of this user answers", hint=hint)
+
+    def start(self, changed: Sequence[Path]) -> None:
+        """
+        Have both units run as their files are now, from each login or boot on.
+
+        Returns when the daemon says that it is ready.
+
+        Raises:
+            NobodyAnswers: It did not become ready; its log says why.
+        """
+        self._do("daemon-reload")
+        self._do("enable", SOCKET, SERVICE)
+        if self.folder / SOCKET in changed:
+            self._do("stop", SOCKET, SERVICE)
+        self._do("start", SOCKET)
+        self._do("restart" if changed else "start", SERVICE, seconds=READY_SECONDS)
+
+    def stop(self) -> None:
+        """
+        Stop both: with its socket alone the next helper would start the daemon again.
+
+        Raises:
+            NobodyAnswers: It cannot be done.
+        """
+        self._do("stop", SOCKET, SERVICE)
+
+    def begin(self) -> None:
+        """
+        Listen, so that whoever asks starts the daemon.
+
+        Raises:
+            NobodyAnswers: It cannot be done.
+        """
+        self._do("start", SOCKET)
+
+    def uninstall(self) -> list[Path]:
+        """
+        Stop both units, and have nothing left of them; return the files that were removed.
+
+        Raises:
+            NobodyAnswers: The manager does not do it.
+        """
+        if self.installed:
+            self._do("disable", "--now", SOCKET, SERVICE)
+        removed = self.remove()
+        if removed:
+            with suppress(OSError):  # somebody keeps a file there
+                runtime_directory(self._environment).rmdir()
+            self._do("daemon-reload")
+            self._systemctl("reset-failed", SOCKET, SERVICE)
+        return removed
+
+    def state(self, needs: Needs) -> State:
+        """Ask how the units stand."""
+        fields = ("ActiveState", "MainPID", "NRestarts", "Result")
+        done = self._systemctl("show", SERVICE, *(f"--property={one}" for one in fields))
+        found = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+        socket = self._systemctl("is-active", SOCKET).stdout.strip()
+        active = found.get("ActiveState", "unknown")
+        return State(
+            self.installed,
+            all(content(file) == text for file, text in self.files(needs).items()),
+            self._systemctl("is-enabled", SOCKET).stdout.strip() == "enabled",
+            "listening" if active == "inactive" and socket == "active" else active,
+            int(found.get("MainPID", "0")),
+            int(found.get("NRestarts", "0")),
+            found.get("Result", "unknown"),
+        )
+
+    def logs(self, lines: int, *, follow: bool) -> list[str]:
+        """Return the command that shows what the daemon said."""
+        unit = ["-u", SERVICE] if self._system else ["--user-unit", SERVICE]
+        return ["journalctl", *unit, "-n", str(lines), *(["-f"] if follow else [])]
+
+    @property
+    def begins_at(self) -> str:
+        """Say from when on it runs."""
+        if self._system:
+            return "from each boot on"
+        done = self._run(["loginctl", "show-user", str(os.geteuid()), "--property=Linger"])
+        if done.stdout.strip() == "Linger=yes":
+            return "from each boot on (linger)"
+        return "from each login on; before that as well: loginctl enable-linger"
+
+    def _do(self, *arguments: str, seconds: float = COMMAND_SECONDS) -> None:
+        done = self._systemctl(*arguments, seconds=seconds)
+        if done.returncode != 0:
+            said = (done.stderr.strip() or f"status {done.returncode}").splitlines()[0]
+            raise NobodyAnswers(
+                f"systemctl {' '.join([*self._scope, *arguments])}: {said}",
+                hint=f"keybroker service logs{' --system' if self._system else ''}",
+            )
+
+    def _systemctl(
+        self, *arguments: str, seconds: float = COMMAND_SECONDS
+    ) -> subprocess.CompletedProcess[str]:
+        return self._run(["systemctl", *self._scope, "--no-pager", *arguments], seconds)
+
+    def _run(
+        self, command: Sequence[str], seconds: float = COMMAND_SECONDS
+    ) -> subprocess.CompletedProcess[str]:
+        try:
+            return subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=seconds,
+            )
+        except FileNotFoundError:
+            return subprocess.CompletedProcess(command, 127, "", f"{command[0]}: not found")
+        except subprocess.TimeoutExpired:
+            return subprocess.CompletedProcess(command, 124, "", f"no end within {seconds:.0f} s")
+
+
+def template(name: str) -> str:
+    """
+    Return a unit as it was shipped.
+
+    Raises:
+        ConfigError: It is not there: the installation is not whole.
+    """
+    places = (
+        Path(sysconfig.get_path("data")) / PLACE,
+        Path(__file__).parent.parent.parent / "systemd",  # of a checkout
+    )
+    for place in places:
+        if (text := content(place / name)) is not None:
+            return text
+    raise ConfigError(f"{places[0] / name}: is missing", hint="install keybroker again")
+
+
+def drop_in(needs: Needs) -> str:
+    """Write what a user's profiles need beside the unit."""
+    lines = ["# Written by keybroker service install, from the configured profiles.", "[Service]"]
+    lines += [
+        f"Environment={quoted(f'{name}={value}')}" for name, value in needs.environment.items()
+    ]
+    lines += [f"ReadWritePaths={quoted(f'-{folder}')}" for folder in needs.writable]
+    if needs.programs:
+        lines += [
+            "# Programs of the configuration may make code at run time, as node and Java do.",
+            "MemoryDenyWriteExecute=no",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def quoted(word: str) -> str:
+    """Write one word of a setting, so that systemd reads it as it is."""
+    escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return '"' + escaped.replace("%", "%%") + '"'
+
+
+def content(file: Path) -> str | None:
+    """Return a file's text; None where it cannot be read."""
+    try:
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
