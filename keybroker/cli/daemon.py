@@ -11,6 +11,7 @@ from keybroker import listening, paths, starting, wire
 from keybroker.cli.base import print_json
 from keybroker.cli.work import configuration, daemon_socket, state
 from keybroker.errors import NobodyAnswers
+from keybroker.services import systemd
 
 ANSWER_SECONDS = 3.0
 STOP_SECONDS = 10.0
@@ -59,9 +60,11 @@ def reload_command(as_json: bool) -> None:
 
 def end_daemon() -> str:
     """End the running daemon, whatever its configuration; say what became of it."""
+    service = systemd.installed(os.environ)
+    stopped = service is not None and service.stop()
     found = paths.owner(state())
     if found is None or not listening.answers(str(found.socket)):
-        return "no daemon runs"
+        return "stopped" if stopped else "no daemon runs"
     try:
         wire.control(found.socket, "stop", ANSWER_SECONDS)
         until = time.monotonic() + STOP_SECONDS

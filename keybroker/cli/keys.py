@@ -44,6 +44,7 @@ from keybroker.journal import Journal, decode_lease, read_time
 from keybroker.label import is_label, is_run, prefix
 from keybroker.pool import variables
 from keybroker.rotation import Kind
+from keybroker.services import systemd
 from keybroker.slots import Slots, replay
 
 ANSWER_SECONDS = 8.0  # after ten Claude Code says that a helper is slow
@@ -93,7 +94,9 @@ def get_command(profile: str | None, no_start: bool, unanswered: bool) -> None:
 
 def start_daemon(config: Config) -> Path:
     """
-    Start a daemon in the background, unless another process is the owner; return where it listens.
+    Start a daemon, unless another process is the owner; return where it listens.
+
+    Where a service is installed it is that one, else one in the background.
 
     Raises:
         NobodyAnswers: It did not come up, or somebody else was at work for too long.
@@ -108,6 +111,9 @@ def start_daemon(config: Config) -> Path:
         if time.monotonic() > until:
             raise at_work_elsewhere()
         time.sleep(0.05)
+    service = systemd.installed(os.environ)
+    if service is not None and service.begin():  # not in a container with this HOME
+        return daemon_socket() or socket
     named = {name for names in variables(config).values() for name in names}
     pid = starting.start(where, socket, starting.scrubbed(os.environ, named))
     try:

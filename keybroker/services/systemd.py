@@ -150,23 +150,25 @@ class Systemd:
         self._do("start", SOCKET)
         self._do("restart" if changed else "start", SERVICE, seconds=READY_SECONDS)
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
         """
         Stop both: with its socket alone the next helper would start the daemon again.
 
+        Returns:
+            Whether there was anything to stop.
+
         Raises:
             NobodyAnswers: It cannot be done.
         """
+        found = self._systemctl("is-active", SOCKET, SERVICE).stdout.split()
+        if not {"active", "activating"}.intersection(found):
+            return False
         self._do("stop", SOCKET, SERVICE)
+        return True
 
-    def begin(self) -> None:
-        """
-        Listen, so that whoever asks starts the daemon.
-
-        Raises:
-            NobodyAnswers: It cannot be done.
-        """
-        self._do("start", SOCKET)
+    def begin(self) -> bool:
+        """Listen, so that whoever asks starts the daemon; say if that could be done."""
+        return self._systemctl("start", SOCKET).returncode == 0
 
     def uninstall(self) -> list[Path]:
         """
@@ -247,6 +249,14 @@ class Systemd:
             return subprocess.CompletedProcess(command, 127, "", f"{command[0]}: not found")
         except subprocess.TimeoutExpired:
             return subprocess.CompletedProcess(command, 124, "", f"no end within {seconds:.0f} s")
+
+
+def installed(environment: Mapping[str, str]) -> Systemd | None:
+    """Return the manager that runs this user's daemon; None where no service is installed."""
+    if sys.platform != "linux":
+        return None
+    manager = Systemd(environment)
+    return manager if manager.installed else None
 
 
 def template(name: str) -> str:
