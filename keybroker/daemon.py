@@ -74,6 +74,7 @@ MOST_WRITTEN = 10 * COMPACT_ABOVE  # records; then nothing is begun until the jo
 STOP_SECONDS = 5.0  # for what is under way when the daemon is told to end
 FINISH_SECONDS = 60.0  # the same before another version takes over, for which nobody waits
 SETTLE_SECONDS = 2.0  # after an installation's last change to our files
+LONGEST_PAUSE = 300.0  # between two tries to load it; then it is not tried any more
 TRIED_SECONDS = 0.1  # between two looks whether the other version could be loaded
 TICK_SECONDS = 30.0  # where a wake-up cannot be told from sleep
 FAILED_SECONDS = 1.0  # until the next turn, after one that failed
@@ -515,13 +516,13 @@ class Daemon:
             self._log.once("error", f"{self._path}: cannot listen ({error})", about="socket")
 
     def _watch_directories(self) -> None:
-        wanted = {Path(self._path).parent, PACKAGE.parent}
+        wanted = {Path(self._path).parent}
         wanted |= {Path(self._keys)} if os.path.isdir(self._keys) else set()
         for file in (*self._config_files, *self._credential_files()):
             # a link, and what it leads to, if not back to itself
             wanted |= {file.parent, Path(os.path.realpath(file)).parent}
             wanted |= {file} if file.is_dir() else set()
-        used = [file.parent for file in (*self._config.files, *self._credential_files())]
+        used = [file.parent for file in (*self._config.files, *self._credential_files(), PACKAGE)]
         places: set[Path] = set()
         while (now := wanted.union(map(_standing, used))) != places:  # one came meanwhile
             places = now
@@ -1036,10 +1037,11 @@ class Upgrade:
     def __init__(self) -> None:
         self.due: float | None = None
         self._trial: int | None = None  # a process that loads it
+        self._pause = SETTLE_SECONDS
 
     def seen(self, now: float) -> None:
         """Know that a file of ours was replaced; others may follow."""
-        self.due = now + SETTLE_SECONDS
+        self.due, self._pause = now + SETTLE_SECONDS, SETTLE_SECONDS
         if self._trial is not None:  # of files that were not all there
             os.kill(self._trial, signal.SIGKILL)
             os.waitpid(self._trial, 0)
@@ -1047,17 +1049,18 @@ class Upgrade:
 
     def look(self, now: float) -> bool | None:
         """Say whether it can be loaded; None when that is not known yet."""
-        if self._trial is None:
-            try:
-                self._trial = starting.try_out(os.environ)
-            except OSError:
-                self.due = None
-                return False
-        ended, status = os.waitpid(self._trial, os.WNOHANG)
+        try:
+            self._trial = self._trial or starting.try_out(os.environ)
+            ended, status = os.waitpid(self._trial, os.WNOHANG)
+        except OSError:  # there is no interpreter
+            ended, status = 1, 1
         if not ended:
             self.due = now + TRIED_SECONDS
             return None
         self._trial = self.due = None
+        if status != 0 and self._pause < LONGEST_PAUSE:  # not all of it may be there yet
+            self._pause *= 2
+            self.due = now + self._pause
         return status == 0
 
 

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
+import secrets
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from keybroker.devgateway import DevGateway
 from tests.resident import until
+from tests.servers.authority import Authority
+from tests.servers.aws import Aws
+from tests.servers.plain import Plain
+from tests.servers.sso import Sso
 from tests.servers.systemd import ROOT, UserManager, build_wheel, user
 
 UNITS = ".config/systemd/user"
-KEY = "keybroker-key"
 
 
 @pytest.fixture(scope="module")
@@ -61,24 +69,32 @@ class Person:
         """Write a file below their HOME."""
         self.shell(f'cat > "{name}.draft"; mv "{name}.draft" "{name}"', stdin=text)
 
-    def configure(self, more: str = "", source: str = "") -> None:
+    def configure(
+        self,
+        more: str = "",
+        *,
+        source: str = "",
+        url: str = "",
+        settings: str = "",
+        cache: str = "file",
+    ) -> None:
         """Write the configuration: the profile, and whatever else."""
         source = source or f'type = "litellm"\nadmin = {{ file = "{self.machine.home}/admin" }}\n'
-        text = f'[profiles.work]\nbase_url = "{self.gateway.url}"\n'
-        text += f'[profiles.work.source]\n{source}\n[cache]\nkey = "file"\n{more}'
+        text = f'[profiles.work]\nbase_url = "{url or self.gateway.url}"\n{settings}\n'
+        text += f'[profiles.work.source]\n{source}\n[cache]\nkey = "{cache}"\n{more}'
         self.write(".config/keybroker/config.toml", text)
 
-    def keybroker(self, *arguments: str) -> str:
+    def keybroker(self, *arguments: str, **variables: str) -> str:
         """Run a command that must succeed; return what it printed."""
-        done = self.machine.keybroker(*arguments)
+        done = self.machine.keybroker(*arguments, **variables)
         assert (done.returncode, done.stderr) == (0, ""), (arguments, done.stdout, done.stderr)
         return done.stdout
 
-    def helper(self, *, program: str = KEY) -> subprocess.CompletedProcess[str]:
+    def helper(self, **variables: str) -> subprocess.CompletedProcess[str]:
         """Ask as Claude Code does."""
         folder = self.machine.home / "app/bin"
-        command = [str(folder / program), "-", "work", str(folder / "python")]
-        return self.machine.run(command)
+        command = [str(folder / "keybroker-key"), "-", "work", str(folder / "python")]
+        return self.machine.run(command, **variables)
 
     def key(self) -> str:
         """Ask for a key that must come."""
@@ -121,10 +137,10 @@ def served(person: Person) -> Person:
 
 def test_it_is_installed_and_proved_and_gone_without_a_trace(person: Person) -> None:
     """The whole of it, twice; all that is left is the state, which holds keys."""
-    before = person.shell("find .config")
+    before, keys = person.shell("find .config"), set[str]()
     for _ in range(2):
         said = person.keybroker("service", "install")
-        key = person.key()
+        keys.add(person.key())
         [fingerprint] = [one["fingerprint"] for one in _profiles(person)]
         assert f"tried    work: the helper printed the key {fingerprint}\n" in said
         assert "undo     keybroker service uninstall\n" in said
@@ -137,7 +153,7 @@ def test_it_is_installed_and_proved_and_gone_without_a_trace(person: Person) -> 
         assert person.shell("ls $XDG_RUNTIME_DIR").find("keybroker") == -1
         assert "keybroker" not in person.systemctl("list-units", "--all")
         assert person.machine.keybroker("service", "status").returncode == 69
-        assert person.gateway.live_keys() == [key]
+    assert len(keys) == len(person.gateway.live_keys()) == 1
 
 
 def _profiles(person: Person) -> list[dict[str, str]]:
@@ -238,7 +254,7 @@ def test_a_daemon_that_cannot_start_is_explained_and_heals(served: Person) -> No
     done = served.helper()
 
     assert done.returncode == 78
-    assert ".config/keybroker/config.toml:9: cache.bogus: unknown key" in done.stderr
+    assert ".config/keybroker/config.toml:10: cache.bogus: unknown key" in done.stderr
     assert time.monotonic() - began < 10
     served.configure()
     until(lambda: served.shown("ActiveState")["ActiveState"] == "active", 20)
@@ -275,3 +291,205 @@ def test_nobody_else_is_answered(served: Person) -> None:
     done = subprocess.run([*another, sys.executable, "-c", connect], capture_output=True, text=True)
     assert "Permission denied" in done.stderr
     assert served.key()
+
+
+# In its sandbox.
+
+
+def test_running_sessions_are_told(served: Person) -> None:
+    """The settings that a helper named are touched; nothing else of the HOME can be."""
+    served.helper(CLAUDE_CODE_API_KEY_HELPER_TTL_MS="60000")
+    served.shell("touch -d @1000 .claude/settings.json")
+    served.keybroker("rotate", "work")
+    until(lambda: served.shell("stat -c %Y .claude/settings.json").strip() != "1000", 10)
+    assert _profiles(served) and "not touched" not in served.keybroker("status")
+
+
+def test_a_folder_that_came_later_is_opened_when_it_is_installed_again(served: Person) -> None:
+    """Until then status says that its settings are not touched, and why."""
+    served.shell("mkdir other; echo '{}' > other/settings.json; touch -d @1000 other/settings.json")
+    other = {"CLAUDE_CONFIG_DIR": f"{served.machine.home}/other"}
+    served.helper(CLAUDE_CODE_API_KEY_HELPER_TTL_MS="60000", **other)
+    served.keybroker("rotate", "work")
+    until(lambda: "on a read-only file system" in served.keybroker("status"), 10)
+    assert "has changed since: keybroker service install" in served.keybroker("service", "status")
+
+    served.keybroker("service", "install")
+    served.keybroker("rotate", "work")
+    until(lambda: served.shell("stat -c %Y other/settings.json").strip() != "1000", 10)
+    served.shell("rm -r other")
+
+
+PROGRAM = """#!{python}
+import mmap, pathlib
+mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)  # as node does
+folder = pathlib.Path.home() / "of-the-program"
+(folder / "cache").write_text("seen")
+print("sk-of-a-program")
+"""
+
+
+def test_a_program_of_ones_own_may_do_what_it_needs(person: Person) -> None:
+    """It makes code at run time; it writes where the configuration lets it, and nowhere else."""
+    person.write("program", PROGRAM.format(python=person.machine.python))
+    person.shell("chmod 700 program; mkdir -p of-the-program")
+    command = f'type = "command"\ncommand = ["{person.machine.home}/program"]'
+    person.configure(source=command, settings='verify = "none"')
+    done = person.machine.keybroker("service", "install")
+    assert done.returncode == 75
+    assert "command: program ended with status 1" in done.stderr
+    assert person.shell("ls of-the-program") == ""
+
+    person.configure(
+        '[service]\nwritable = ["~/of-the-program"]\n', source=command, settings='verify = "none"'
+    )
+    person.keybroker("service", "install")
+
+    assert person.key() == "sk-of-a-program"
+    assert person.shell("cat of-the-program/cache") == "seen"
+    person.shell("rm -r program of-the-program")
+
+
+def test_a_gateway_with_tls(person: Person, tmp_path: Path) -> None:
+    """Its authority is one of a file's."""
+    authority = Authority(tmp_path)
+    person.write("authority.pem", authority.file.read_text())
+    with Plain("sk-behind-tls", authority.server()) as gateway:
+        person.write("the-key", "sk-behind-tls")
+        person.configure(
+            source=f'type = "static"\nkey = {{ file = "{person.machine.home}/the-key" }}',
+            url=gateway.url,
+            settings=f'verify = "message"\nca = "{person.machine.home}/authority.pem"',
+        )
+        person.keybroker("service", "install")
+        assert person.key() == "sk-behind-tls"
+        assert [one["verified"] for one in _profiles(person)] == ["message"]
+
+
+def test_a_sign_in_at_aws_is_renewed_in_its_cache(
+    person: Person, aws: Aws, sso: Sso, tmp_path: Path
+) -> None:
+    """What AWS's own programs read afterwards."""
+    name = f"llm/{secrets.token_hex(4)}"
+    aws.put(name, "sk-at-aws")
+    file = sso.write(tmp_path, lifetime=timedelta(minutes=5))
+    place = str(file.relative_to(tmp_path))
+    person.shell(f"mkdir -p {Path(place).parent}")
+    for one in (".aws/config", place):
+        person.write(one, (tmp_path / one).read_text())
+    person.configure(
+        '[aws]\nprofile = "corp"\n',
+        source=f'type = "aws"\nsecret = "{name}"',
+        settings='verify = "none"',
+    )
+    named = {k: v for k, v in sso.environment(tmp_path).items() if k.startswith("AWS_END")}
+
+    person.keybroker("service", "install", AWS_ENDPOINT_URL=aws.url, **named)
+
+    assert person.key() == "sk-at-aws"
+    renewed = json.loads(person.shell(f"cat {place}"))
+    assert renewed["accessToken"] != json.loads(file.read_text())["accessToken"]
+
+
+def test_the_keyring_seals_and_is_noticed_when_it_is_unlocked(person: Person) -> None:
+    """
+    A daemon that began before anybody logged in has a key in memory; no window opens.
+
+    When the keyring is unlocked, it is what seals.
+    """
+    person.configure(cache="auto")
+    with keyring(person.machine) as ring:
+        person.keybroker("service", "install")
+        assert "kept by      OS keyring" in person.keybroker("status")
+        key = person.key()
+
+        ring(locked=True)
+        person.systemctl("restart", "keybroker.service")
+        assert "keyring: it is locked" in person.keybroker("status")
+        fresh = person.key()
+        assert fresh != key
+
+        ring(locked=False)
+        person.keybroker("reload")
+        until(lambda: "kept by      OS keyring" in person.keybroker("status"), 20)
+
+
+@contextmanager
+def keyring(machine: UserManager) -> Iterator[Callable[..., None]]:
+    """A real keyring on the user's bus; call what is given to lock or unlock it."""
+
+    def begin(*, locked: bool) -> None:
+        machine.run(["systemctl", "--user", "stop", "secrets.service"])
+        how = "--start" if locked else "--unlock"
+        command = ["systemd-run", "--user", "--collect", "--unit=secrets", "-q"]
+        command += [f"-pStandardInput=file:{machine.home}/password", "gnome-keyring-daemon", how]
+        machine.do([*command, "--foreground", "--components=secrets"])
+        until(owned, 10)
+
+    def owned() -> bool:
+        ask = "org.freedesktop.DBus.NameHasOwner"
+        asked = ["dbus-send", "--session", "--print-reply", "--dest=org.freedesktop.DBus", "/", ask]
+        return "true" in machine.run([*asked, "string:org.freedesktop.secrets"]).stdout
+
+    machine.do(["sh", "-c", "printf a-password > password"])
+    begin(locked=False)
+    try:
+        yield begin
+    finally:
+        machine.run(["systemctl", "--user", "stop", "secrets.service"])
+        machine.do(["sh", "-c", "rm -rf password .local/share/keyrings"])
+
+
+def test_a_secret_in_a_variable_is_refused(person: Person) -> None:
+    """A service would not see it, and no unit may hold it; nothing is written."""
+    person.configure(source='type = "litellm"\nadmin = { env = "ADMIN" }')
+    done = person.machine.keybroker("service", "install", ADMIN="sk-canary-admin")
+    assert done.returncode == 78
+    assert "ADMIN: a service does not see" in done.stderr
+    assert "canary" not in done.stdout + done.stderr
+    assert person.machine.keybroker("service", "status").returncode == 69
+
+
+def test_another_version_takes_over(served: Person, wheel: Path, tmp_path: Path) -> None:
+    """`pip install -U` under a running service: it is the same process, and nobody notices."""
+    key, pid, answers, over = served.key(), served.pid, list[str](), threading.Event()
+
+    def ask() -> None:
+        while not over.is_set():
+            done = served.helper()
+            if "keybroker-key': No such file" not in done.stderr:  # while pip replaces it
+                answers.append(done.stdout.strip() or done.stderr)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        served.machine.install(newer(wheel, tmp_path))
+        until(lambda: "daemon 9.9.9, " in served.keybroker("status"), 20)
+    finally:
+        over.set()
+        asking.join()
+        served.machine.install(wheel)
+
+    assert (set(answers), served.pid) == ({key}, pid)
+    until(lambda: "daemon 9.9.9, " not in served.keybroker("status"), 20)
+    assert (served.key(), served.pid) == (key, pid)
+
+
+def newer(wheel: Path, folder: Path) -> Path:
+    """Make the same wheel of another version."""
+    name = f"keybroker-9.9.9-{wheel.name.split('-', 2)[2]}"
+    with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(folder / name, "w") as new:
+        for info in old.infolist():
+            data = old.read(info)
+            if info.filename == "keybroker/__init__.py":
+                data = b'"""."""\n\n__version__ = "9.9.9"\n'
+            if info.filename.endswith("/METADATA"):
+                data = re.sub(rb"(?m)^Version: .*", b"Version: 9.9.9", data)
+            if info.filename.endswith("/RECORD"):
+                data = re.sub(rb"(?m)^([^,\n]+),[^\n]*", rb"\1,,", data)
+                data = re.sub(rb"keybroker-[0-9.]+\.dist-info", b"keybroker-9.9.9.dist-info", data)
+            info.filename = re.sub(
+                r"keybroker-[0-9.]+\.(dist-info|data)", r"keybroker-9.9.9.\1", info.filename
+            )
+            new.writestr(info, data)
+    return folder / name
