@@ -9,7 +9,7 @@ from keybroker import wire
 from keybroker.audit import Audit
 from keybroker.broker import Broker
 from keybroker.config import Config
-from keybroker.errors import ConfigError, KeybrokerError, NobodyAnswers, NotReady
+from keybroker.errors import ConfigError, KeybrokerError, NobodyAnswers, NotReady, SourceDenied
 from keybroker.handout import Handout
 from keybroker.journal import write_time
 from keybroker.push import SettingsFiles
@@ -23,6 +23,8 @@ CHECKS_APART = 10.0  # for one profile
 AUDIT_SECONDS = 0.2  # until it is written down who was given what
 _BOOT = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 OTHER_VERSION = f"this daemon speaks version {wire.VERSION} of its protocol"
+
+FOR_OTHERS = ("about", "status", "glance")  # what the users of a shared host may ask for
 
 Operation = Callable[[Mapping[str, Any], Client], "Job | None"]
 
@@ -75,6 +77,7 @@ class Answers:
         self.excuse: Callable[[], KeybrokerError | None] = lambda: None  # why nothing is done now
         self.expects: Callable[[str], bool] = lambda name: False  # it may yet be made for a program
         self.config = config
+        self.others: Mapping[int, Config] = {}  # what each of the other users may have, by uid
         self.named = False  # a settings file that was not known before
         self.stirred = False  # something is to be settled that was not a moment ago
         self._audit = audit
@@ -99,16 +102,18 @@ class Answers:
             return wire.error_line(NobodyAnswers("the daemon was asked in words it does not know"))
         if isinstance(asked, dict):
             return None
-        if asked.ttl_ms and asked.directory and self._files.name(asked.directory):
+        config = self.others.get(uid, self.config)
+        ours = config is self.config
+        if ours and asked.ttl_ms and asked.directory and self._files.name(asked.directory):
             self.named = self.stirred = True
         if self.broker is None:
             return None
         name = asked.profile
-        if name not in self.config.profiles:
+        if name not in config.profiles:
             try:
-                name = self.config.profile(name or None).name
+                name = config.profile(name or None).name
             except ConfigError as error:
-                return None if self.expects(name) else wire.error_line(error)
+                return None if ours and self.expects(name) else wire.error_line(error)
         found = self.broker.ready.get(name)
         now = time.time()
         if found is None or not found.alive(now, time.clock_gettime(_BOOT)):
@@ -127,10 +132,11 @@ class Answers:
             self._control(asked, client)
             return
         name = asked.profile
+        config = self.others.get(client.uid, self.config)
         try:
-            name = self.config.profile(name or None).name
+            name = config.profile(name or None).name
         except ConfigError as error:
-            if not self.expects(name):
+            if config is not self.config or not self.expects(name):
                 client.send(wire.error_line(error), last=True)
                 return
         session = identify(asked.pid)
@@ -295,6 +301,8 @@ class Answers:
                     f"the daemon does not know {str(asked['op'])[:32]!r}; it may be older",
                     hint="keybroker daemon --stop",
                 )
+            if client.uid in self.others and asked["op"] not in FOR_OTHERS:
+                raise SourceDenied("only root may ask the daemon of a shared host for this")
             job = operation(asked, client)
         except KeybrokerError as error:
             client.send(wire.refusal(error, telling=asked["op"] in wire.TELLING), last=True)

@@ -25,6 +25,7 @@ OTHER = b"KEYBROKER_CONFIG"  # whether the daemon at the usual place has it, `ge
 CLIENT_TTL_MS = b"300000"  # Claude Code's own, where nobody set another
 RUN_USER = b"/run/user"
 NAME = b"abcdefghijklmnopqrstuvwxyz0123456789_-"
+SYSTEM = b"/run/keybroker/s"  # of the daemon of a shared host
 VISIBLE = bytes(range(0x21, 0x7F))
 PEER = getattr(socket, "SO_PEERCRED", None)  # Linux has it
 SLOW = ("-I", "-c", "from keybroker.cli import main; main()", "get")
@@ -166,12 +167,12 @@ def main(arguments: list[str], environment: dict[bytes, bytes]) -> int:
             raise FileNotFoundError
         found = ask(place or find(environment), request(name, environment))
     except (FileNotFoundError, ConnectionRefusedError):  # nobody is there
-        return _become_get([] if profile == "-" else [profile])
+        return _become_get(["--system"] if place == SYSTEM else [], profile)
     except OSError:
         found = b""
     reply = read_reply(found)
     if reply is None:  # somebody is, and hangs, or speaks in tongues
-        return _become_get(["--unanswered", *([] if profile == "-" else [profile])])
+        return _become_get(["--system" if place == SYSTEM else "--unanswered"], profile)
     return _say(reply[1], reply[0]) if reply[0] else put(found[3:] + b"\n")
 
 
@@ -196,7 +197,8 @@ def _say(text: str, status: int) -> int:
     return status
 
 
-def _become_get(arguments: list[str]) -> int:
+def _become_get(arguments: list[str], profile: str) -> int:
+    arguments += [] if profile == "-" else [profile]
     try:
         posix.dup2(posix.open("/dev/null", posix.O_RDWR), 0)  # the client's stdin never ends
         posix.set_inheritable(0, True)

@@ -5,7 +5,7 @@ No secret is in it; a secret is a reference. Unknown keys are errors, because a 
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from keybroker.fields import (
 from keybroker.label import is_made
 from keybroker.rotation import RETRY_MAX, Kind, Policy, default_hold, shortest_lifetime
 from keybroker.signin import SignIn, expanded, needed_by, read_login
-from keybroker.values import dataclass, field
+from keybroker.values import dataclass, field, replace
 from keybroker.vault import PLACE, Vault, read_vault, with_variables
 
 # How long a lease whose answer was lost may live: longer ones are not taken; or what Vault itself
@@ -108,6 +108,11 @@ PROFILE = {
         BOOLEAN,
         "Touch the settings files that running sessions watch when the key was replaced.",
         default=True,
+    ),
+    "users": Field(
+        TEXTS,
+        "Who is answered by the daemon of a shared host, besides root: names of users.",
+        default=(),
     ),
     "max_live": Field(COUNT, "The most unrevoked keys at one gateway.", default=4),
     "openai_base_url": Field(
@@ -295,6 +300,7 @@ class Profile:
     max_live: int
     openai_base_url: str | None
     export: str
+    users: tuple[str, ...]
     claude: Mapping[str, Any]
     type: str
     source: Mapping[str, Any]
@@ -415,6 +421,17 @@ class Config:
     logins: Mapping[str, SignIn] = field(default_factory=dict)
     hooks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by event
     writable: tuple[str, ...] = ()
+
+    @property
+    def shared(self) -> bool:
+        """Say whether it is that of a shared host, whose daemon answers several users."""
+        return any(profile.users for profile in self.profiles.values())
+
+    def of(self, names: Collection[str]) -> "Config":
+        """Return what some of the profiles are for those who may have no others."""
+        theirs = {name: one for name, one in self.profiles.items() if name in names}
+        default = self.default if self.default in theirs else None
+        return replace(self, profiles=theirs, default=default)
 
     def profile(self, name: str | None) -> Profile:
         """
@@ -674,6 +691,7 @@ def read_profile(name: str, raw: Mapping[str, Any], where: Where) -> Profile:
     # a token of a login lives for minutes: what it replaces is not kept for longer than is read
     usual = 3 * values["helper_ttl"] if kind == "login" else default_hold(values["helper_ttl"])
     values["hold"] = values["hold"] or usual + readers
+    values["users"] = tuple(values["users"])
     profile = Profile(
         name=name,
         **values,

@@ -120,7 +120,7 @@ class Daemon:
         self._selector = selectors.DefaultSelector()
         self._signals = _Signals()
         self._journal = Journal(state)
-        self._ownership = Ownership(begun.lock, state, path, log)
+        self._ownership = Ownership(begun.lock, state, begun.place, log)
         self._files = SettingsFiles(state)
         self._files.load()
         self._push = Push(self._files)
@@ -158,7 +158,7 @@ class Daemon:
         self._server = Server(
             begun.sockets,
             self._selector,
-            frozenset({os.geteuid()}),
+            self._who_may_ask(),
             self._answers.at_once,
             self._answers.later,
             self._stranger,
@@ -200,7 +200,7 @@ class Daemon:
         self._write_guidance()
         self._open_cache()
         listening.notify("READY=1")
-        self._log.say("info", f"keybroker {__version__} listens at {self._path}")
+        self._log.say("info", f"keybroker {__version__} listens at {self._begun.place}")
         wake, armed_at = 0.0, -NEVER
         while not self._over():
             events = self._selector.select(0)
@@ -573,9 +573,25 @@ class Daemon:
         """Go on with the file's profiles, and with those that programs have."""
         with_runs = self._file if self._runs is None else self._runs.over(self._file)
         self._config = self._answers.config = with_runs
+        self._server.uids = self._who_may_ask()
         self._name_variables()
         if self._broker is not None:
             self._broker.configure(self._config.profiles.values())
+
+    def _who_may_ask(self) -> frozenset[int]:
+        """Return the uids that are answered; what each of the others may have is noted."""
+        owners = {os.geteuid(), 0} if self._file.shared else {os.geteuid()}
+        theirs: dict[int, set[str]] = {}
+        for profile in self._file.profiles.values():
+            for name in profile.users:
+                uid = _uid_of(name)
+                if uid is None:
+                    text = f"profiles.{profile.name}.users: nobody is called {name!r}"
+                    self._log.once("warning", text, about=text)
+                elif uid not in owners:
+                    theirs.setdefault(uid, set()).add(profile.name)
+        self._answers.others = {uid: self._file.of(names) for uid, names in theirs.items()}
+        return frozenset(owners.union(theirs))
 
     def _name_variables(self) -> None:
         self._pool.named = variables(self._config, self._issuers())
@@ -711,22 +727,23 @@ class Daemon:
     def _status(self, asked: Mapping[str, Any], client: Client) -> Job:
         def result(late: bool) -> dict[str, Any] | None:
             if self._broker is None:
-                return None if not late else self._standing(self._ready())
-            return self._standing(self._broker)
+                return None if not late else self._standing(self._ready(), client.uid)
+            return self._standing(self._broker, client.uid)
 
         return Job(client, result, time.monotonic() + OPEN_SECONDS)
 
     def _glance(self, asked: Mapping[str, Any], client: Client) -> Job | None:
-        client.send(wire.answer(self._at_a_glance(asked)), last=True)
+        client.send(wire.answer(self._at_a_glance(asked, client.uid)), last=True)
         return None
 
-    def _at_a_glance(self, asked: Mapping[str, Any]) -> str:
+    def _at_a_glance(self, asked: Mapping[str, Any], uid: int) -> str:
         """Say in a line how one profile stands, or why that cannot be told."""
-        if asked.get("config", self._named) != self._named:
+        config = self._answers.others.get(uid, self._config)
+        if config is self._config and asked.get("config", self._named) != self._named:
             return "keybroker ! the daemon has another configuration"
         name = asked.get("profile")
         try:
-            profile = self._config.profile(name if isinstance(name, str) and name else None)
+            profile = config.profile(name if isinstance(name, str) and name else None)
         except ConfigError:
             return "keybroker ! no such profile"
         if self._broker is None:
@@ -735,16 +752,22 @@ class Daemon:
         locked = self._broker.locked and self._config.cache_key != "memory"
         return standing.glance(row, locked=locked)
 
-    def _standing(self, broker: Broker) -> dict[str, Any]:
-        known = self._config.profiles
-        return {
+    def _standing(self, broker: Broker, uid: int = -1) -> dict[str, Any]:
+        """Say how everything stands, or how that stands which another user may have."""
+        config = self._answers.others.get(uid, self._config)
+        found: dict[str, Any] = {
             "daemon": self._who(),
             "cache": self._origin,
-            "profiles": standing.rows(broker, known.values(), self._soon()),
-            "unconfigured": standing.unconfigured(broker, known),
-            "runs": [run.row() for run in self._runs or ()],
-            "push": {"known": self._files.known(), "off": self._files.off},
+            "profiles": standing.rows(broker, config.profiles.values(), self._soon()),
+            "unconfigured": [],
+            "runs": [],
+            "push": {"known": [], "off": {}, "others": self._file.shared},
         }
+        if config is self._config:
+            found["unconfigured"] = standing.unconfigured(broker, config.profiles)
+            found["runs"] = [run.row() for run in self._runs or ()]
+            found["push"] |= {"known": self._files.known(), "off": self._files.off}
+        return found
 
     def _about(self, asked: Mapping[str, Any], client: Client) -> Job | None:
         client.send(wire.answer(self._who()), last=True)
@@ -755,7 +778,7 @@ class Daemon:
             "pid": os.getpid(),
             "version": __version__,
             "since": self._since.isoformat(),
-            "socket": self._path,
+            "socket": self._begun.place,
             "state": str(self._state),
             "config": self._named,
         }
@@ -1007,6 +1030,15 @@ def _standing(folder: Path) -> Path:
     while not os.path.isdir(folder) and folder != folder.parent:
         folder = folder.parent
     return folder
+
+
+def _uid_of(name: str) -> int | None:
+    import pwd  # shared hosts alone have a use for it
+
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except (KeyError, OSError):
+        return None
 
 
 def _is_gone(file: str) -> bool:

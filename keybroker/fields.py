@@ -38,7 +38,7 @@ TABLES = (
 )  # at the top of a file, and nowhere else
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")  # of a profile, of a login
 GITHUB = "github-actions"  # whose jobs get a JWT from a server
-LOCAL = ("env", "file", "keyring", "command")  # what is read on this machine
+LOCAL = ("env", "file", "keyring", "command", "credential")  # what is read on this machine
 SIGNED_IN = (*LOCAL, "login")
 REFERENCES = (*SIGNED_IN, "vault", "aws")
 VAULT_PATH = re.compile(r"(?!/|v1/)[!-\"$-.0->@-~]+(?:/[!-\"$-.0->@-~]+)+")  # no #, ?, empty part
@@ -148,6 +148,8 @@ def read_reference(value: Any, allowed: tuple[str, ...] = REFERENCES) -> Referen
         )
     if kind == "file" and not found.startswith(("/", "~/")):
         raise ValueError('expected a path that begins with "/" or "~/"')
+    if kind == "credential" and not re.fullmatch(r"[A-Za-z0-9_][\w.-]{0,63}", found, re.A):
+        raise ValueError("expected the name of a credential of systemd's: letters, digits, . _ -")
     if kind == "vault" and not VAULT_REFERENCE.fullmatch(found):
         raise ValueError('expected a path and a field after vault: "secret/data/llm/admin#key"')
     if kind == "aws" and not AWS_REFERENCE.fullmatch(found):

@@ -56,8 +56,10 @@ def close_to_debuggers(*, for_good: bool = True) -> bool:
     """
     import resource
 
-    hard = 0 if for_good else resource.getrlimit(resource.RLIMIT_CORE)[1]
-    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
+    now = resource.getrlimit(resource.RLIMIT_CORE)
+    wanted = (0, 0 if for_good else now[1])
+    if now != wanted:  # a service has its limits from its unit, and may set none
+        resource.setrlimit(resource.RLIMIT_CORE, wanted)
     return _linux("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0) == 0
 
 

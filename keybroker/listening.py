@@ -23,13 +23,14 @@ NOFILE = 16_384
 
 
 class Begun:
-    """What the daemon has when it begins: the owner lock, and sockets that listen."""
+    """What the daemon has when it begins: the owner lock, sockets that listen, and where."""
 
-    __slots__ = ("inherited", "lock", "sockets")
+    __slots__ = ("inherited", "lock", "place", "sockets")
 
     def __init__(self, lock: int, sockets: list[_socket.socket], *, inherited: bool) -> None:
         self.lock = lock
         self.sockets = sockets
+        self.place = str(sockets[0].getsockname())
         self.inherited = inherited
 
 
@@ -64,8 +65,9 @@ def begin(state: str, path: str) -> Begun | None:
     for one in sockets:
         one.setblocking(False)
     sockets = sockets or [listen(path)]
-    record_owner(lock, path)
-    return Begun(lock, sockets, inherited=not made)
+    begun = Begun(lock, sockets, inherited=not made)
+    record_owner(lock, begun.place)
+    return begun
 
 
 def become(sockets: list[_socket.socket], begun: Begun, arguments: list[str]) -> None:

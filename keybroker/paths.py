@@ -27,6 +27,9 @@ CONNECTIONS = "connections.json"  # what connect has written into whose files
 SOCKET = "s"
 KEYS = "keys"  # beside the socket: those of profiles with `export = "file"`
 RUN_USER = "/run/user"
+# Of the daemon of a shared host, which answers several users (Linux).
+SYSTEM_CONFIG = Path("/etc/keybroker/system.toml")
+SYSTEM_SOCKET = Path("/run/keybroker/s")
 LONGEST_SOCKET_PATH = 103  # bytes; a macOS socket's address has room for these and a zero
 
 

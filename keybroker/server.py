@@ -151,7 +151,7 @@ class Server:
     ) -> None:
         self._listeners = list(listeners)
         self._selector = selector
-        self._uids = uids
+        self.uids = uids
         self._at_once = at_once
         self._later = later
         self._stranger = stranger
@@ -268,7 +268,7 @@ class Server:
                 continue
             connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, descriptor)
             uid = peer_uid(connection)
-            if uid not in self._uids:
+            if uid not in self.uids:
                 connection.close()
                 self._stranger(uid)
                 continue

@@ -160,6 +160,22 @@ def for_profile(command: Callable[..., None]) -> Callable[..., None]:
     return with_profile
 
 
+def _of_system(context: click.Context, parameter: click.Parameter, given: bool) -> None:
+    if given:
+        from keybroker.cli.work import use_system
+
+        use_system()
+
+
+of_system = click.option(
+    "--system",
+    is_flag=True,
+    expose_value=False,
+    callback=_of_system,
+    help="Of the daemon of a shared host: docs/service.md.",
+)
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run a command line; return the exit status."""
     before = Before(os.umask(0o077), resource.getrlimit(resource.RLIMIT_CORE)[0])

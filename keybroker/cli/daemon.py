@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from keybroker import listening, paths, starting, wire
-from keybroker.cli.base import print_json
+from keybroker.cli.base import of_system, print_json
 from keybroker.cli.work import configuration, daemon_socket, state
 from keybroker.errors import NobodyAnswers
 from keybroker.services import systemd
@@ -40,6 +40,7 @@ def daemon_command(log: str, stop: bool) -> None:
 
 
 @click.command("reload")
+@of_system
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def reload_command(as_json: bool) -> None:
     """Have the daemon read its configuration again, and try again what failed.

@@ -13,7 +13,15 @@ import click
 from keybroker import asking, outcomes, paths, standing, starting, wire
 from keybroker.audit import Audit, asker
 from keybroker.cache import sealed_at
-from keybroker.cli.base import Duration, for_profile, in_words, on_the_clock, print_json, progress
+from keybroker.cli.base import (
+    Duration,
+    for_profile,
+    in_words,
+    of_system,
+    on_the_clock,
+    print_json,
+    progress,
+)
 from keybroker.cli.work import (
     Desk,
     at_work_elsewhere,
@@ -21,6 +29,7 @@ from keybroker.cli.work import (
     daemon_socket,
     desk,
     drive,
+    is_system,
     minted,
     owner,
     sealed_alone,
@@ -57,6 +66,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 @click.command("get")
 @for_profile
+@of_system
 @click.option("--no-start", is_flag=True, help="Start no daemon; do what is due here and now.")
 @click.option("--unanswered", is_flag=True, hidden=True)  # by the helper, which asked already
 def get_command(profile: str | None, no_start: bool, unanswered: bool) -> None:
@@ -68,6 +78,9 @@ def get_command(profile: str | None, no_start: bool, unanswered: bool) -> None:
     """
     if profile is not None and is_run(profile):
         _ask_for_run(profile)
+        return
+    if is_system():
+        _ask_daemon(daemon_socket() or paths.SYSTEM_SOCKET, profile or "-")
         return
     config = configuration()
     wanted = config.profile(profile)
@@ -249,6 +262,7 @@ def _hand_out(profile: Profile, credential: Credential) -> None:
 
 @click.command("rotate")
 @for_profile
+@of_system
 @click.option("--all", "every", is_flag=True, help="Every profile.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done.")
 @JSON
@@ -347,6 +361,7 @@ def _say_rotated(result: dict[str, Any]) -> None:
 
 @click.command("revoke")
 @for_profile
+@of_system
 @click.option("--all", "every", is_flag=True, help="Every profile that the journal knows.")
 @click.option("--dry-run", is_flag=True, help="Say which keys would be revoked.")
 @JSON

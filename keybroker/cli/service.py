@@ -8,8 +8,8 @@ import click
 
 from keybroker.cli.base import Count, print_json
 from keybroker.cli.daemon import end_daemon
-from keybroker.cli.work import configuration
-from keybroker.connect.line import helper_line
+from keybroker.cli.work import configuration, use_system
+from keybroker.connect.line import helper_line, system_line
 from keybroker.connect.proof import prove
 from keybroker.errors import ConfigError, NobodyAnswers
 from keybroker.services.needs import Needs, needs
@@ -33,21 +33,21 @@ def install_command(system: bool, dry_run: bool) -> None:
 
     May be repeated: after an upgrade, or when the configuration needs more than before.
     """
-    manager, wanted = _manager(system), _needs()
+    manager, wanted = _manager(system), _needs(system)
     if dry_run:
         for file, text in manager.files(wanted).items():
             print(f"--- {file}{'' if content(file) != text else ' (as it is)'}")
             print(text)
         return
     manager.check()
-    if not manager.state(wanted).pid:
+    if not system and not manager.state(wanted).pid:
         end_daemon()  # one in the background; the service takes its place
     changed = manager.write(wanted)
     for file in changed:
         print(f"wrote    {file}")
     manager.start(changed)
     print(f"running  process {manager.state(wanted).pid}, {manager.begins_at}")
-    name, fingerprint = _try()
+    name, fingerprint = _try(system)
     print(f"tried    {name}: the helper printed the key {fingerprint}")
     print(f"undo     keybroker service uninstall{' --system' if system else ''}")
 
@@ -73,8 +73,7 @@ def status_command(system: bool, as_json: bool) -> None:
 
     Exit status: 0 when it runs, 69 when it does not.
     """
-    manager = _manager(system)
-    wanted = _needs()
+    manager, wanted = _manager(system), _needs(system)
     state = manager.state(wanted)
     facts: dict[str, Any] = {
         "manager": manager.name,
@@ -120,17 +119,19 @@ def logs_command(system: bool, lines: int, follow: bool) -> None:
 def _manager(system: bool) -> Systemd:
     if sys.platform != "linux":
         raise ConfigError("service: systemd alone, so far")
+    if system:
+        use_system()
     return Systemd(os.environ, system=system)
 
 
-def _needs() -> Needs:
+def _needs(system: bool) -> Needs:
     config = configuration()
     if not config.profiles:
         config.profile(None)  # it says what to type
-    return needs(config, os.environ)
+    return needs(config, os.environ, system=system)
 
 
-def _try() -> tuple[str, str]:
+def _try(system: bool) -> tuple[str, str]:
     """
     Ask for a key as Claude Code does; return the profile and the fingerprint of what came.
 
@@ -139,4 +140,5 @@ def _try() -> tuple[str, str]:
     """
     config = configuration()
     name = config.default or next(iter(config.profiles))
-    return name, prove(helper_line(name), {}, os.environ)
+    line = system_line(name) if system else helper_line(name)
+    return name, prove(line, {}, os.environ)

@@ -17,14 +17,15 @@ from keybroker.cli.base import (
     coloured,
     for_profile,
     in_words,
+    of_system,
     on_the_clock,
     print_json,
 )
 from keybroker.cli.sign_ins import endings_of
-from keybroker.cli.work import configuration, daemon_socket, desk, state
+from keybroker.cli.work import configuration, daemon_socket, desk, is_system, state
 from keybroker.config import Config
 from keybroker.connect.connected import connected
-from keybroker.connect.line import helper_line
+from keybroker.connect.line import helper_line, system_line
 from keybroker.connect.plan import Place
 from keybroker.credential import Phase
 from keybroker.errors import JournalError, NobodyAnswers
@@ -48,6 +49,7 @@ LID = timedelta(hours=8)
 
 @click.command("status")
 @for_profile
+@of_system
 @click.option("--watch", is_flag=True, help="Stay, and show every change.")
 @click.option(
     "--lid", type=Duration(), default=LID, help="Will the key outlive a lid closed so long? 8h."
@@ -99,6 +101,8 @@ def standing_of(config: Config, profile: str | None) -> dict[str, Any]:
             found = wire.control(socket, "status", SECONDS)
             return {"lost": [], "problem": problem, **found}
     except NobodyAnswers as error:
+        if is_system():
+            raise
         problem = f"{error.message}; {error.hint}" if error.hint else error.message
     chosen = [config.profile(profile)] if profile else list(config.profiles.values())
     with desk(config, lock=None) as at:
@@ -122,21 +126,22 @@ def _show(
     as_json: bool,
     briefly: bool = False,
 ) -> None:
-    failures = {} if briefly else last_failures(state())
+    system = is_system()  # what else is told is in files of that daemon's own
+    failures = {} if briefly or system else last_failures(state())
     rows = [row for row in found["profiles"] if profile in (None, _of(row["profile"], config))]
     for row in rows:
         over = found["daemon"] is not None and not row["trouble"]  # it works again
         row["last_failure"] = None if over else failures.get(row["profile"])
         row["settings"] = settings(row)
         row["lid"] = _lid(row, lid)
-        row["connected"] = [] if briefly else _connected(config, row["profile"])
+        row["connected"] = [] if briefly or system else _connected(config, row["profile"])
     runs = found.get("runs", ())  # a daemon of before has none
     given = [one for one in _exported(found, runs) if profile in (None, one["of"])]
     names = {one["profile"] for one in given}
     left = [] if profile else [o for o in found["unconfigured"] if o["profile"] not in names]
     for row in rows:
         row["run"] = next((one for one in runs if one["profile"] == row["profile"]), None)
-    logins = sign_ins.rows(config, state(), profile)
+    logins = [] if system else sign_ins.rows(config, state(), profile)
     if as_json:
         shown = {name: found.get(name) for name in ("daemon", "problem", "cache", "push")}
         text = {
@@ -277,7 +282,8 @@ def _lid(row: dict[str, Any], length: timedelta) -> dict[str, Any]:
 
 def settings(row: dict[str, Any]) -> dict[str, Any]:
     """Return what belongs into Claude Code's settings.json for a profile."""
-    return {"apiKeyHelper": helper_line(row["profile"]), "env": row["environment"]}
+    line = system_line if is_system() else helper_line
+    return {"apiKeyHelper": line(row["profile"]), "env": row["environment"]}
 
 
 def last_failures(where: Path) -> dict[str, dict[str, Any]]:
@@ -367,13 +373,16 @@ def _print_details(row: dict[str, Any], found: dict[str, Any]) -> None:
     for text in row["warnings"]:
         print(f"  warning      {text}")
     push = found.get("push") or {"off": {}}
+    if push.get("others"):
+        print("  not told     sessions of other users; they take a new key at their next refresh")
     for file, reason in push["off"].items():
         print(f"  not touched  {file} {reason}; sessions that watch it take a new key later")
 
 
 def _print_settings(row: dict[str, Any]) -> None:
     helper, env = row["settings"]["apiKeyHelper"], row["settings"]["env"]
-    print(f"  settings.json, which `keybroker connect --profile {row['profile']}` writes:")
+    written = f", which `keybroker connect --profile {row['profile']}` writes"
+    print(f"  settings.json{' of each user' if is_system() else written}:")
     print(f'    "apiKeyHelper": {_quoted(helper)},')
     print('    "env": {')
     print(",\n".join(f"      {_quoted(name)}: {_quoted(value)}" for name, value in env.items()))

@@ -1,6 +1,7 @@
 """A broker for one command: state opened, steps driven until there is an answer."""
 
 import os
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -24,6 +25,8 @@ from keybroker.slots import replay
 
 LOAD_SECONDS = 10.0
 ABOUT_SECONDS = 2.0
+NO_SYSTEM_DAEMON = "the daemon of this shared host does not answer, or not to you"
+SYSTEM_STATUS = "sudo keybroker service status --system"
 
 
 @dataclass(slots=True)
@@ -67,6 +70,23 @@ class Desk:
         return answer.ok or {}
 
 
+class _Whose:
+    """Which daemon a command is about: the user's own, or that of a shared host."""
+
+    system = False
+
+
+def use_system() -> None:
+    """Have this command be about the daemon of a shared host."""
+    if sys.platform != "linux":
+        raise ConfigError("--system: the daemon of a shared host needs systemd")
+    _Whose.system = True
+
+
+def is_system() -> bool:
+    return _Whose.system
+
+
 def configuration() -> Config:
     """
     Read the configuration.
@@ -74,13 +94,26 @@ def configuration() -> Config:
     Raises:
         ConfigError: It is wrong, or the file that was named for it is not there.
     """
-    named = paths.named_config(os.environ)
+    named = str(paths.SYSTEM_CONFIG) if is_system() else paths.named_config(os.environ)
     if named and not os.path.exists(named):
-        raise ConfigError(f"{named}: does not exist", hint="KEYBROKER_CONFIG names it")
-    return load(paths.config_files(os.environ))
+        raise ConfigError(f"{named}: does not exist", hint=_named_by())
+    return load((Path(named),) if is_system() else paths.config_files(os.environ))
+
+
+def _named_by() -> str:
+    return "see docs/service.md" if is_system() else "KEYBROKER_CONFIG names it"
 
 
 def state() -> Path:
+    """
+    Return the state directory.
+
+    Raises:
+        ConfigError: It is not this user's, or is that of a shared host's daemon, which has its
+            own.
+    """
+    if is_system():
+        raise NobodyAnswers(NO_SYSTEM_DAEMON, hint=SYSTEM_STATUS)
     return paths.private_directory(paths.state_directory(os.environ))
 
 
@@ -92,6 +125,10 @@ def daemon_socket() -> Path | None:
         NobodyAnswers: The one that runs does not answer, or has another configuration or
             another state directory.
     """
+    if is_system():
+        if not listening.answers(str(paths.SYSTEM_SOCKET)):
+            raise NobodyAnswers(NO_SYSTEM_DAEMON, hint=SYSTEM_STATUS)
+        return paths.SYSTEM_SOCKET
     where = state()
     owner_of_it = paths.owner(where)
     socket = paths.socket_path(os.environ) if owner_of_it is None else owner_of_it.socket

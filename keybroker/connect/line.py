@@ -28,6 +28,11 @@ def helper_line(profile: str, environment: Mapping[str, str] = os.environ) -> st
     return _line(helper_command(str(paths.socket_path(environment)), profile))
 
 
+def system_line(profile: str) -> str:
+    """Return the line for every user whom the daemon of this shared host answers."""
+    return _line(helper_command(str(paths.SYSTEM_SOCKET), profile))
+
+
 def shared_line(profile: str, place: Place) -> str:
     """
     Return the one line for all users of a machine, who have sockets of their own.

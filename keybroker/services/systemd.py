@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from keybroker.cache import CREDENTIAL
 from keybroker.errors import ConfigError, NobodyAnswers
-from keybroker.paths import Disk, runtime_directory
+from keybroker.paths import SYSTEM_CONFIG, SYSTEM_SOCKET, Disk, private_directory, runtime_directory
 from keybroker.services.needs import Needs
 from keybroker.values import dataclass
 
@@ -52,9 +53,11 @@ class Systemd:
         self._environment, self._system = environment, system
         if system:
             self.folder = Path("/etc/systemd/system")
+            self.secrets = SYSTEM_CONFIG.parent / "credentials"
         else:
             home = Path(environment.get("HOME", "~")).expanduser()
             self.folder = Path(environment.get("XDG_CONFIG_HOME") or home / ".config")
+            self.secrets = self.folder / "keybroker/credentials"
             self.folder = self.folder / "systemd/user"
         self._scope = [] if system else ["--user"]
 
@@ -69,7 +72,51 @@ class Systemd:
             self.folder / name: template(f"{kind}/{name}").replace("@KEYBROKER@", command)
             for name in (SOCKET, SERVICE)
         }
-        return {**found, self.folder / DROP_IN: drop_in(needs)}
+        return {**found, self.folder / DROP_IN: self._drop_in(needs)}
+
+    def _drop_in(self, needs: Needs) -> str:
+        """Write what the profiles need beside the unit."""
+        lines = ["# Written by keybroker service install, from the configuration.", "[Service]"]
+        for name, value in needs.environment.items():
+            lines.append(f"Environment={quoted(f'{name}={value}')}")
+        lines += [f"ReadWritePaths={quoted(f'-{folder}')}" for folder in needs.writable]
+        wanted = [*needs.credentials, CREDENTIAL] if needs.seals else needs.credentials
+        for name in wanted:
+            kept, sealed = self.secrets / name, self.secrets / f"{name}.cred"
+            if sealed.exists():
+                lines.append(f"LoadCredentialEncrypted={quoted(f'{name}:{sealed}')}")
+            elif kept.exists():
+                lines.append(f"LoadCredential={quoted(f'{name}:{kept}')}")
+            elif name != CREDENTIAL:
+                raise ConfigError(
+                    f"reference credential:{name}: neither {sealed} nor {kept} is there",
+                    hint=f"systemd-creds encrypt --name={name} - {sealed}",
+                )
+        if needs.programs:
+            lines += [
+                "# Programs of the configuration may make code at run time, as node and Java do.",
+                "MemoryDenyWriteExecute=no",
+            ]
+        return "\n".join(lines) + "\n"
+
+    def _make_wrap_key(self) -> None:
+        """
+        Have something that seals the cache, where this systemd hands it over and nothing did yet.
+
+        A user's manager takes encrypted credentials from version 258 on; see systemd issue 33318.
+        """
+        sealed, kept = (self.secrets / f"{CREDENTIAL}{end}" for end in (".cred", ""))
+        if sealed.exists() or kept.exists() or (not self._system and self._version() < 258):
+            return
+        private_directory(self.secrets)
+        command = ["systemd-creds", *self._scope, "encrypt", f"--name={CREDENTIAL}", "-", "-"]
+        done = self._run(command, given=os.urandom(32).hex())
+        if done.returncode == 0:
+            Disk().replace(sealed, done.stdout.encode())
+
+    def _version(self) -> int:
+        words = self._run(["systemctl", "--version"]).stdout.split()
+        return int(words[1]) if len(words) > 1 and words[1].isdigit() else 0
 
     def write(self, needs: Needs) -> list[Path]:
         """
@@ -82,6 +129,8 @@ class Systemd:
             ConfigError: A file cannot be written.
         """
         changed = []
+        if needs.seals:
+            self._make_wrap_key()
         for file, text in self.files(needs).items():
             try:
                 file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -182,7 +231,9 @@ class Systemd:
         removed = self.remove()
         if removed:
             with suppress(OSError):  # somebody keeps a file there
-                runtime_directory(self._environment).rmdir()
+                (
+                    SYSTEM_SOCKET.parent if self._system else runtime_directory(self._environment)
+                ).rmdir()
             self._do("daemon-reload")
             self._systemctl("reset-failed", SOCKET, SERVICE)
         return removed
@@ -234,12 +285,12 @@ class Systemd:
         return self._run(["systemctl", *self._scope, "--no-pager", *arguments], seconds)
 
     def _run(
-        self, command: Sequence[str], seconds: float = COMMAND_SECONDS
+        self, command: Sequence[str], seconds: float = COMMAND_SECONDS, given: str = ""
     ) -> subprocess.CompletedProcess[str]:
         try:
             return subprocess.run(
                 command,
-                stdin=subprocess.DEVNULL,
+                input=given,
                 capture_output=True,
                 text=True,
                 errors="replace",
@@ -274,21 +325,6 @@ def template(name: str) -> str:
         if (text := content(place / name)) is not None:
             return text
     raise ConfigError(f"{places[0] / name}: is missing", hint="install keybroker again")
-
-
-def drop_in(needs: Needs) -> str:
-    """Write what a user's profiles need beside the unit."""
-    lines = ["# Written by keybroker service install, from the configured profiles.", "[Service]"]
-    lines += [
-        f"Environment={quoted(f'{name}={value}')}" for name, value in needs.environment.items()
-    ]
-    lines += [f"ReadWritePaths={quoted(f'-{folder}')}" for folder in needs.writable]
-    if needs.programs:
-        lines += [
-            "# Programs of the configuration may make code at run time, as node and Java do.",
-            "MemoryDenyWriteExecute=no",
-        ]
-    return "\n".join(lines) + "\n"
 
 
 def quoted(word: str) -> str:

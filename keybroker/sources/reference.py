@@ -42,6 +42,8 @@ def resolve(
             return Secret(_variable(name, environment))
         if kind == "file":
             return Secret(read_file(name, open_to_others=open_to_others))
+        if kind == "credential":
+            return Secret(_credential(name, environment))
         if kind in ("vault", "aws", "login"):
             assert elsewhere is not None, "what names such a place was configured with one"
             return elsewhere(reference)
@@ -55,6 +57,24 @@ def _variable(name: str, environment: Mapping[str, str]) -> str:
         hint = f"set {name}; a daemon that runs without it: keybroker daemon --stop"
         raise ConfigError(f"reference env:{name}: the variable is not set", hint=hint)
     return environment[name].strip()
+
+
+def _credential(name: str, environment: Mapping[str, str]) -> str:
+    """Return what systemd gave this service alone. See: systemd.exec(5), Credentials."""
+    folder = environment.get("CREDENTIALS_DIRECTORY")
+    if not folder:
+        raise ConfigError(
+            f"reference credential:{name}: nobody gave us any",
+            hint="a service has them: keybroker service install",
+        )
+    try:
+        with open(os.path.join(folder, name), "rb") as file:
+            return file.read(LARGEST_FILE).decode("utf-8", "replace").strip()
+    except OSError as error:
+        raise ConfigError(
+            f"reference credential:{name}: cannot be read ({error.strerror})",
+            hint="put it there, then: keybroker service install",
+        ) from None
 
 
 def read_file(name: str, *, open_to_others: bool = False) -> str:
