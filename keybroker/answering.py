@@ -120,7 +120,7 @@ class Answers:
             found = self.broker.handout(name)
             if found is None:
                 return None
-        session = identify(asked.pid)
+        session = self._session(asked, uid)
         if asked.ttl_ms and session is not None and self._suspicious(asked, name, session, found):
             return None
         return self._give(name, found, session, uid, now)
@@ -139,7 +139,7 @@ class Answers:
             if config is not self.config or not self.expects(name):
                 client.send(wire.error_line(error), last=True)
                 return
-        session = identify(asked.pid)
+        session = self._session(asked, client.uid)
         now = time.monotonic()
         known = self.broker is not None and name in self.config.profiles
         check = known and self.broker is not None and self.broker.handout(name) is not None
@@ -230,6 +230,12 @@ class Answers:
         self._jobs.clear()
 
     # keys
+
+    def _session(self, asked: wire.Asked, uid: int) -> Session | None:
+        """Return whose key it is to be; processes of other users are not to be seen by us."""
+        if uid in self.others:
+            return Session(asked.pid, 0, "?") if asked.pid > 0 else None
+        return identify(asked.pid)
 
     def _give(
         self, name: str, found: Handout, session: Session | None, uid: int, now: float

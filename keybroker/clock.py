@@ -5,7 +5,6 @@ counts sleep but starts anew at each boot. A key is alive while both the wall cl
 clock say so; when they disagree by more than a minute it is verified before it is printed.
 """
 
-import os
 import sys
 import time
 from datetime import UTC, datetime, timedelta
@@ -13,7 +12,6 @@ from pathlib import Path
 
 from keybroker.values import dataclass
 
-BOOT = "KEYBROKER_BOOT_ID"  # has the boot's id where a service may not see the system's own
 DISAGREEMENT = timedelta(seconds=60)
 
 
@@ -91,7 +89,7 @@ def _boot_id() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
     except OSError:
-        return os.environ.get(BOOT, "")  # empty, unknown: every comparison is across a reboot
+        return ""  # unknown: every comparison is one across a reboot
 
 
 def _sysctl(name: str) -> str:

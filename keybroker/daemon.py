@@ -54,7 +54,7 @@ from keybroker.paths import Disk
 from keybroker.pool import Answer, Pool, sessions, variables
 from keybroker.push import Push, SettingsFiles
 from keybroker.rotation import Kind
-from keybroker.server import Client, Server
+from keybroker.server import Client, Server, peer_uid
 from keybroker.slots import REPLACED, replay
 
 NEVER = float("inf")  # `math` is a library more
@@ -104,7 +104,11 @@ def run(begun: Begun, state: str, path: str, form: str) -> int:
     except Exception as error:  # its text may hold a secret; its type does not
         problem = KeybrokerError(f"internal error: {type(error).__name__} at {place(error)}")
     log.say("error", wire.one_line(problem).removeprefix("keybroker: "))
-    if not begun.inherited:
+    if begun.inherited:
+        owners = (os.geteuid(), 0)
+        line = wire.error_line(problem)
+        listening.refuse(begun.sockets, line, lambda one: peer_uid(one) in owners)
+    else:
         with suppress(OSError):
             os.unlink(path)
     return problem.exit_status

@@ -20,6 +20,11 @@ LOCK_SECONDS = 45.0  # an old worker ends within its hard timer
 FIRST_INHERITED = 3  # sd_listen_fds(3)
 OWN, LOCK = "keybroker-own", "keybroker-lock"  # what a daemon hands down to the one that it becomes
 NOFILE = 16_384
+REFUSE_SECONDS = 1.0
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Begun:
@@ -68,6 +73,39 @@ def begin(state: str, path: str) -> Begun | None:
     begun = Begun(lock, sockets, inherited=not made)
     record_owner(lock, begun.place)
     return begun
+
+
+def refuse(
+    sockets: list[_socket.socket], line: bytes, may: "Callable[[_socket.socket], bool]"
+) -> None:
+    """
+    Tell whoever waits, for a moment, why nobody answers; else they would wait for nothing.
+
+    And the service manager, which sees that somebody waits, would start us again at once.
+
+    Args:
+        line: The answer.
+        may: Says who may hear it.
+    """
+    import select
+
+    until = time.monotonic() + REFUSE_SECONDS
+    while (left := until - time.monotonic()) > 0:
+        for listener in select.select(sockets, [], [], left)[0]:
+            try:
+                descriptor, _ = listener._accept()  # type: ignore[attr-defined]
+            except OSError:
+                continue
+            one = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, descriptor)
+            try:
+                one.settimeout(REFUSE_SECONDS)
+                if may(one):
+                    one.recv(4096)  # or the kernel would reset the connection, and the line with it
+                    one.sendall(line)
+            except OSError:
+                pass
+            finally:
+                one.close()
 
 
 def become(sockets: list[_socket.socket], begun: Begun, arguments: list[str]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from keybroker import aws, vault
 from keybroker.carry import decode_session, encode_session
-from keybroker.clock import BOOT, Instant
+from keybroker.clock import Instant
 from keybroker.config import Config, Profile
 from keybroker.credential import Credential, Issuer, Lease, Secret, Session
 from keybroker.errors import CLASSES, KeybrokerError, SourceError, SourceUnavailable
@@ -44,7 +44,7 @@ _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 PASSED_ON = frozenset(
     {
         *("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR"),
-        *("XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS", "CREDENTIALS_DIRECTORY", BOOT),
+        *("XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS", "CREDENTIALS_DIRECTORY"),
         *("SSL_CERT_FILE", "SSL_CERT_DIR", *_PROXIES, *(name.lower() for name in _PROXIES)),
     }
 )

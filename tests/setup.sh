@@ -23,6 +23,9 @@ missing_packages() {
     have git || echo git
     have fish || echo fish
     have chromium || echo chromium
+    have systemd-nspawn || echo systemd-container
+    have mmdebstrap || echo mmdebstrap
+    [ -e /usr/lib/systemd/user/dbus.socket ] || echo dbus-user-session
     have chromedriver || echo chromium-driver
     have unshare || echo util-linux
     { [ -x /usr/sbin/nginx ] && [ -e /usr/lib/nginx/modules/ngx_http_modsecurity_module.so ]; } ||

@@ -32,7 +32,8 @@ def daemon_command(log: str, stop: bool) -> None:
     if stop:
         print(end_daemon())
         return
-    configuration()  # what is wrong with it is said here, with file and line
+    if "LISTEN_FDS" not in os.environ:  # else whoever waits is told so, too
+        configuration()  # what is wrong with it is said here, with file and line
     socket = paths.socket_path(os.environ)
     paths.private_directory(socket.parent)
     arguments = starting.command(state(), socket, log)

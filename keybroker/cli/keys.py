@@ -23,6 +23,8 @@ from keybroker.cli.base import (
     progress,
 )
 from keybroker.cli.work import (
+    NO_SYSTEM_DAEMON,
+    SYSTEM_STATUS,
     Desk,
     at_work_elsewhere,
     configuration,
@@ -80,7 +82,10 @@ def get_command(profile: str | None, no_start: bool, unanswered: bool) -> None:
         _ask_for_run(profile)
         return
     if is_system():
-        _ask_daemon(daemon_socket() or paths.SYSTEM_SOCKET, profile or "-")
+        try:
+            _ask_daemon(daemon_socket() or paths.SYSTEM_SOCKET, profile or "-")
+        except NobodyAnswers:  # whom the configuration does not name is turned away without a word
+            raise NobodyAnswers(NO_SYSTEM_DAEMON, hint=SYSTEM_STATUS) from None
         return
     config = configuration()
     wanted = config.profile(profile)

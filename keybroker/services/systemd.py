@@ -84,9 +84,9 @@ class Systemd:
         for name in wanted:
             kept, sealed = self.secrets / name, self.secrets / f"{name}.cred"
             if sealed.exists():
-                lines.append(f"LoadCredentialEncrypted={quoted(f'{name}:{sealed}')}")
+                lines.append(f"LoadCredentialEncrypted={name}:{plain(sealed)}")
             elif kept.exists():
-                lines.append(f"LoadCredential={quoted(f'{name}:{kept}')}")
+                lines.append(f"LoadCredential={name}:{plain(kept)}")
             elif name != CREDENTIAL:
                 raise ConfigError(
                     f"reference credential:{name}: neither {sealed} nor {kept} is there",
@@ -129,6 +129,7 @@ class Systemd:
             ConfigError: A file cannot be written.
         """
         changed = []
+        self.files(needs)  # what is missing is said before anything is done
         if needs.seals:
             self._make_wrap_key()
         for file, text in self.files(needs).items():
@@ -149,10 +150,10 @@ class Systemd:
             with suppress(FileNotFoundError):
                 (self.folder / name).unlink()
                 removed.append(self.folder / name)
-        for folder in ((self.folder / DROP_IN).parent, self.folder, self.folder.parent):
-            if not self._system:
-                with suppress(OSError):  # it is somebody else's too
-                    folder.rmdir()
+        own = (self.folder / DROP_IN).parent
+        for folder in (own,) if self._system else (own, self.folder, self.folder.parent):
+            with suppress(OSError):  # it is somebody else's too
+                folder.rmdir()
         return removed
 
     @property
@@ -331,6 +332,11 @@ def quoted(word: str) -> str:
     """Write one word of a setting, so that systemd reads it as it is."""
     escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return '"' + escaped.replace("%", "%%") + '"'
+
+
+def plain(path: Path) -> str:
+    """Write a path where systemd takes no quotes."""
+    return str(path).replace("%", "%%")
 
 
 def content(file: Path) -> str | None:

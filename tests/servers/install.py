@@ -10,6 +10,7 @@ Install the test servers once per user, into `$XDG_CACHE_HOME/keybroker-tests`.
     oidc-provider-<version>/  an OpenID provider as npm delivers it
     ministack-<version>/    a server of AWS's services in its own environment
     moto-<version>/         another one
+    debian-<suite>/         a Debian with its systemd, to be booted
 
 A folder without `.complete` was interrupted and is built again. The hash covers everything the
 build reads, so a change of a pin is a new folder. `python -m tests.servers.install` builds what
@@ -23,6 +24,7 @@ import hashlib
 import inspect
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -45,6 +47,13 @@ OPENBAO = ("2.7.2", "2.6.2")
 OIDC_PROVIDER = "9.13.3"
 MINISTACK = "1.5.33"
 MOTO = "5.2.5"
+DEBIAN = ("bookworm", "trixie")  # systemd 252 and 257
+# Python is the checkout's own; python3 is here for the libraries that it needs.
+DEBIAN_PACKAGES = (
+    *("systemd", "systemd-sysv", "dbus", "dbus-user-session", "libpam-systemd"),
+    *("libnss-systemd", "python3", "procps", "util-linux", "ca-certificates"),
+)
+ROOT = [] if os.geteuid() == 0 else ["sudo", "-n"]
 
 _PRISMA = Path(__file__).parent / "prisma"
 
@@ -109,6 +118,11 @@ def ministack_folder() -> Path:
 def moto_folder() -> Path:
     """Where moto is or will be."""
     return cache() / f"moto-{MOTO}"
+
+
+def debian_folder(suite: str) -> Path:
+    """Where this Debian is or will be."""
+    return cache() / f"debian-{suite}"
 
 
 def installed(folder: Path) -> Path:
@@ -240,6 +254,18 @@ def build_moto(folder: Path) -> None:
     environment(folder, f"moto[server]=={MOTO}")
 
 
+def build_debian(folder: Path) -> None:
+    """Unpack a Debian, from the mirror that this machine's own packages are from."""
+    suite = folder.name.removeprefix("debian-")
+    sources = [Path("/etc/apt/sources.list"), *Path("/etc/apt/sources.list.d").glob("*")]
+    text = "\n".join(one.read_text() for one in sources if one.is_file())
+    found = re.search(r"(?m)^[^#\n]*?(https?://\S+/debian)/?\s", text)
+    mirror = [found.group(1)] if found else []
+    options = ["--mode=root", "--variant=minbase", "--quiet", "--format=directory"]
+    options.append(f"--include={','.join(DEBIAN_PACKAGES)}")
+    run([*ROOT, "mmdebstrap", *options, suite, str(folder / "tree"), *mirror])
+
+
 def environment(folder: Path, *packages: str) -> None:
     """Make an environment and install packages in it."""
     run([sys.executable, "-m", "venv", str(folder)])
@@ -313,6 +339,8 @@ def main() -> None:
     ensure(ministack_folder(), build_ministack)
     ensure(moto_folder(), build_moto)
     ensure(litellm_folder(), build_litellm)
+    for suite in DEBIAN:
+        ensure(debian_folder(suite), build_debian)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""A real systemd as one ordinary user's manager, on a machine that need not run systemd itself.
+"""A real systemd: one ordinary user's manager, or the whole of a booted Debian.
 
-The manager has mount and process namespaces of its own: an empty /run, a group of its own in a
-cgroup2, the user's HOME. It looks for /run/systemd/system to see that the machine was booted by
-systemd, and user units that have a sandbox and credentials want two folders more; see sd_booted(3).
-Needs root, by itself or by sudo.
+The machine need not run systemd itself. A user's manager has mount and process namespaces of its
+own: an empty /run, a group of its own in a cgroup2, a HOME. It looks for /run/systemd/system to see
+that the machine was booted by systemd, and user units that have a sandbox and credentials want two
+folders more; see sd_booted(3). Needs root, by itself or by sudo.
 """
 
 from __future__ import annotations
 
+import base64
 import os
 import stat
 import subprocess
@@ -16,7 +17,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
+
+from tests.servers.install import ROOT, debian_folder, installed
 
 USER = "kbtest"
 GROUPS = Path("/sys/fs/cgroup")
@@ -192,24 +195,125 @@ class UserManager:
         )
 
 
-ROOT = [] if os.geteuid() == 0 else ["sudo", "-n"]
+# In a mount namespace of its own: a Debian with all that is written to it in memory.
+BOOT = r"""
+set -eu
+work=$1 tree=$2; shift 2
+mount -t tmpfs -o mode=755 tmpfs "$work"
+mkdir "$work/upper" "$work/work" "$work/root"
+mount -t overlay overlay -o "lowerdir=$tree,upperdir=$work/upper,workdir=$work/work" "$work/root"
+rm -f "$work/root/etc/machine-id"
+: > "$work/root/etc/machine-id"  # a fresh machine each time
+exec env SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 systemd-nspawn --quiet --directory="$work/root" \
+    --register=no --boot --console=pipe --link-journal=no --system-call-filter=@keyring "$@"
+"""
 
 
-def closed_above(places: Sequence[Path]) -> list[Path]:
-    """Return the folders above some places that not everybody may enter: root's HOME, say."""
-    found = []
-    for place in places:
-        above = [*reversed(place.parents), place]
-        found += [one for one in above if not one.stat().st_mode & stat.S_IXOTH][:1]
-    return list(dict.fromkeys(found))
+class Booted:
+    """
+    A Debian that systemd has booted, as process 1; a context manager.
 
+    Its loopback is the machine's own. Python is in /opt/python, the checkout in /opt/checkout.
+    """
 
-def build_wheel(folder: Path) -> Path:
-    """Build the wheel of this checkout."""
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    subprocess.run(command, check=True, capture_output=True, cwd=CHECKOUT)
-    [found] = folder.glob("*.whl")
-    return found
+    python = "/opt/keybroker/bin/python"
+
+    def __init__(self, suite: str) -> None:
+        self._tree = installed(debian_folder(suite)) / "tree"
+        self.folder = Path(tempfile.mkdtemp(prefix="kb-boot-", dir="/var/tmp"))
+
+    def __enter__(self) -> Self:
+        options = [f"--machine=kb{os.getpid()}-{time.monotonic_ns()}"]
+        options += [] if Path("/run/systemd/system").is_dir() else ["--keep-unit"]
+        options += [
+            f"--bind-ro={sys.base_prefix}:/opt/python",
+            f"--bind-ro={CHECKOUT}:/opt/checkout",
+        ]
+        command = ["unshare", "--mount", "--propagation", "private", "--fork", "--kill-child"]
+        command += ["bash", "-c", BOOT, "boot", str(self.folder), str(self._tree), *options]
+        with tempfile.TemporaryFile() as log:
+            self._process = subprocess.Popen(
+                [*ROOT, *command], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+            try:
+                self._wait(log)
+            except BaseException:
+                self.__exit__()
+                raise
+        return self
+
+    def _wait(self, log: IO[bytes]) -> None:
+        ends = time.monotonic() + START_SECONDS
+        while True:
+            log.seek(0)
+            assert self._process.poll() is None, log.read().decode(errors="replace")
+            if self.run(["systemctl", "is-system-running"]).stdout in ("running\n", "degraded\n"):
+                return
+            assert time.monotonic() < ends, log.read().decode(errors="replace")
+            time.sleep(0.1)
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self.run(["systemctl", "poweroff"])
+            try:
+                self._process.wait(15)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        root(["rm", "-rf", "--one-file-system", str(self.folder)])
+
+    @property
+    def pid(self) -> int:
+        """Its process 1, as it is seen from outside; 0 while there is none."""
+        found = self._process.pid
+        for _ in range(len(ROOT) + 2):  # sudo, unshare, nspawn
+            children = Path(f"/proc/{found}/task/{found}/children").read_text().split()
+            if not children:
+                return 0
+            found = int(children[0])
+        return found
+
+    def install(self, wheel: Path) -> None:
+        """Install keybroker for all users, with the checkout's libraries."""
+        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        libraries = f"/opt/checkout/.venv/lib/{version}/site-packages"
+        place = f"/opt/keybroker/lib/{version}/site-packages/libraries.pth"
+        self.do(["sh", "-c", "echo /opt/python/lib > /etc/ld.so.conf.d/python.conf; ldconfig"])
+        self.do([f"/opt/python/bin/{version}", "-m", "venv", "--without-pip", "/opt/keybroker"])
+        self.do(["sh", "-c", f"echo {libraries} > {place}"])
+        copy = f"base64 -d > /opt/{wheel.name}"
+        self.do(["sh", "-c", copy], stdin=base64.b64encode(wheel.read_bytes()).decode())
+        pip = ["env", f"PYTHONPATH={libraries}", "/opt/python/bin/python3", "-m", "pip"]
+        flags = ["-q", "--no-deps", "--no-index", "--root-user-action=ignore"]
+        self.do([*pip, "--python", self.python, "install", *flags, f"/opt/{wheel.name}"])
+
+    def keybroker(self, *arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
+        """Run a command of the one that is installed, as root if no other user is named."""
+        return self.run(["/opt/keybroker/bin/keybroker", *arguments], **more)
+
+    def do(self, command: Sequence[str], **more: Any) -> str:
+        """Run a command that must succeed; return what it printed."""
+        done = self.run(command, **more)
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        return done.stdout
+
+    def run(
+        self, command: Sequence[str], *, user: str = "root", seconds: float = 60.0, stdin: str = ""
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command on it."""
+        if not self.pid:
+            return subprocess.CompletedProcess(command, 1, "", "")
+        inside = ["nsenter", "-t", str(self.pid), "-m", "-p", "-u", "-i", "-C"]
+        drop = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", "--reset-env"]
+        path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        return subprocess.run(
+            [*ROOT, *inside, *drop, "env", "-C", "/", path, *command],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+        )
 
 
 def root(command: Sequence[str]) -> None:
@@ -227,3 +331,20 @@ def user() -> tuple[int, int]:
         root(["useradd", "--no-create-home", "--home-dir", "/nonexistent", USER])
         found = pwd.getpwnam(USER)
     return found.pw_uid, found.pw_gid
+
+
+def closed_above(places: Sequence[Path]) -> list[Path]:
+    """Return the folders above some places that not everybody may enter: root's HOME, say."""
+    found = []
+    for place in places:
+        above = [*reversed(place.parents), place]
+        found += [one for one in above if not one.stat().st_mode & stat.S_IXOTH][:1]
+    return list(dict.fromkeys(found))
+
+
+def build_wheel(folder: Path) -> Path:
+    """Build the wheel of this checkout."""
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(command, check=True, capture_output=True, cwd=CHECKOUT)
+    [found] = folder.glob("*.whl")
+    return found
