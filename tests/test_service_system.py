@@ -22,9 +22,9 @@ users = ["ada"]
 [profiles.work.source]
 type = "litellm"
 admin = {{ credential = "litellm-admin" }}
-[profiles.other]
+[profiles.second]
 users = ["ben"]
-[profiles.other.source]
+[profiles.second.source]
 type = "litellm"
 admin = {{ credential = "litellm-admin" }}
 {more}
@@ -110,19 +110,19 @@ def test_each_user_has_their_own_profiles(served: Host) -> None:
     ada, ben = served.key("ada"), served.key("ben")
     assert ada != ben
     assert served.ask("ada", "work") == (0, ada, "")
-    status, key, said = served.ask("ada", "other")
+    status, key, said = served.ask("ada", "second")
     assert (status, key) == (78, "")
-    assert "no profile 'other'; profiles: work" in said
+    assert "no profile 'second'; profiles: work" in said
     done = served.keybroker("get", "--system", user="eve")
     assert (done.returncode, done.stdout) == (69, "")
     assert "the daemon of this shared host does not answer, or not to you" in done.stderr
-    assert served.ask("root", "other") == (0, ben, "")
+    assert served.ask("root", "second") == (0, ben, "")
 
 
 def test_each_user_sees_their_own_and_changes_nothing(served: Host) -> None:
     """Status says that nobody is told of a new key, and what seals; only root may do more."""
     ada = served.said("status", "--system", user="ada")
-    assert "work" in ada and "other" not in ada
+    assert "work" in ada and "second" not in ada
     assert "not told     sessions of other users" in ada
     assert "kept by      systemd credential" in ada
     for words in (["rotate", "--all"], ["revoke", "--all"], ["reload"]):
@@ -212,3 +212,38 @@ admin = {{ credential = "litellm-admin" }}
     until(lambda: served.ask("eve", name)[0] != 0, 20)
     state = json.loads(served.said("service", "status", "--system", "--json"))
     assert (state["active"], state["current"], state["restarts"]) == ("active", True, 0)
+
+
+def test_a_user_s_own_service_runs_before_anybody_logs_in(host: Host) -> None:
+    """With linger, by this systemd's own user manager; killed, it is there again."""
+    uid = host.do(["id", "-u", "ben"]).strip()
+    variables = {"HOME": "/home/ben", "XDG_RUNTIME_DIR": f"/run/user/{uid}"}
+
+    def ben(*command: str, stdin: str = "") -> str:
+        return host.do(command, user="ben", variables=variables, stdin=stdin)
+
+    host.do(["loginctl", "enable-linger", "ben"])
+    until(lambda: host.run(["test", "-S", f"/run/user/{uid}/bus"]).returncode == 0, 20)
+    ben("mkdir", "-p", "-m", "700", "/home/ben/.config/keybroker")
+    ben("sh", "-c", "umask 077; cat > /home/ben/admin", stdin=host.gateway.master_key)
+    config = (
+        f'[profiles.mine]\nbase_url = "{host.gateway.url}"\n[profiles.mine.source]\n'
+        'type = "litellm"\nadmin = { file = "~/admin" }\n[cache]\nkey = "file"\n'
+    )
+    ben("sh", "-c", "cat > /home/ben/.config/keybroker/config.toml", stdin=config)
+
+    said = ben("/opt/keybroker/bin/keybroker", "service", "install")
+
+    assert "from each boot on (linger)" in said
+    helper = ["/opt/keybroker/bin/keybroker-key", "-", "mine", host.python]
+    key = ben(*helper)
+    ben("sh", "-c", "kill -KILL $(systemctl --user show keybroker -P MainPID)")
+    assert ben(*helper) == key
+    units = [f"/home/ben/.config/systemd/user/keybroker.{kind}" for kind in ("socket", "service")]
+    done = host.run(
+        ["systemd-analyze", "--user", "verify", *units], user="ben", variables=variables
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    ben("systemd-analyze", "--user", "security", "--threshold=18", "keybroker.service")
+    ben("/opt/keybroker/bin/keybroker", "service", "uninstall")
+    host.do(["loginctl", "disable-linger", "ben"])

@@ -382,8 +382,13 @@ def revoke_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
     except ConfigError as error:
         config = Config({}, None, "auto", ())
         print(f"keybroker: {error.message}; going by the journal alone", file=sys.stderr)
-    known = replay(Journal(state()).read())
-    if every:
+    if is_system() and not dry_run:  # its journal is read by that daemon alone
+        known: dict[str, Slots] = {}
+    else:
+        known = dict(replay(Journal(state()).read()))
+    if every and is_system():
+        chosen = list(config.profiles)
+    elif every:
         chosen = [name for name, slots in known.items() if slots.keys or slots.open]
     elif profile is not None and (profile in known or profile in config.profiles):
         chosen = [profile]
@@ -393,7 +398,7 @@ def revoke_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
         chosen = [config.profile(profile).name]
     for name in chosen:
         followed = name in config.profiles and not minted(config.profiles[name])
-        if followed and not outcomes.has_ours(known.get(name, Slots())):
+        if followed and not is_system() and not outcomes.has_ours(known.get(name, Slots())):
             raise outcomes.not_ours(config.profiles[name])
     if dry_run:
         doomed = [(name, key) for name in chosen if name in known for key in known[name].keys]

@@ -109,11 +109,11 @@ def state() -> Path:
     Return the state directory.
 
     Raises:
-        ConfigError: It is not this user's, or is that of a shared host's daemon, which has its
-            own.
+        ConfigError: It is not this user's, or is that of a shared host's daemon, which nobody
+            else reads.
     """
     if is_system():
-        raise NobodyAnswers(NO_SYSTEM_DAEMON, hint=SYSTEM_STATUS)
+        raise ConfigError("--system: this is for a user's own daemon alone; nobody reads its files")
     return paths.private_directory(paths.state_directory(os.environ))
 
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -248,6 +248,8 @@ class Booted:
             log.seek(0)
             assert self._process.poll() is None, log.read().decode(errors="replace")
             if self.run(["systemctl", "is-system-running"]).stdout in ("running\n", "degraded\n"):
+                # nspawn hides it behind a file that is gone, which no unit can hide once more
+                self.run(["umount", "/proc/kmsg"])
                 return
             assert time.monotonic() < ends, log.read().decode(errors="replace")
             time.sleep(0.1)
@@ -298,16 +300,23 @@ class Booted:
         return done.stdout
 
     def run(
-        self, command: Sequence[str], *, user: str = "root", seconds: float = 60.0, stdin: str = ""
+        self,
+        command: Sequence[str],
+        *,
+        user: str = "root",
+        seconds: float = 60.0,
+        stdin: str = "",
+        variables: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on it."""
+        given = [f"{name}={value}" for name, value in (variables or {}).items()]
         if not self.pid:
             return subprocess.CompletedProcess(command, 1, "", "")
         inside = ["nsenter", "-t", str(self.pid), "-m", "-p", "-u", "-i", "-C"]
         drop = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", "--reset-env"]
         path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
         return subprocess.run(
-            [*ROOT, *inside, *drop, "env", "-C", "/", path, *command],
+            [*ROOT, *inside, *drop, "env", "-C", "/", path, *given, *command],
             input=stdin,
             capture_output=True,
             text=True,
