@@ -69,6 +69,7 @@ def test_the_smallest_profile_has_every_default() -> None:
         "max_live": 4,
         "openai_base_url": None,
         "export": "none",
+        "users": (),
         "claude": {},
         "type": "litellm",
         "source": {

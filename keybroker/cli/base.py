@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from keybroker import __version__, wire
-from keybroker.errors import KeybrokerError, OutputLost, place
+from keybroker.errors import ConfigError, KeybrokerError, OutputLost, place
 from keybroker.fields import read_duration
 from keybroker.kernel import close_to_debuggers
 
@@ -160,10 +160,25 @@ def for_profile(command: Callable[..., None]) -> Callable[..., None]:
     return with_profile
 
 
+class _Whose:
+    """Which daemon a command is about: the user's own, or that of a shared host."""
+
+    system = False
+
+
+def use_system() -> None:
+    """Have this command be about the daemon of a shared host."""
+    if sys.platform != "linux":
+        raise ConfigError("--system: the daemon of a shared host needs systemd")
+    _Whose.system = True
+
+
+def is_system() -> bool:
+    return _Whose.system
+
+
 def _of_system(context: click.Context, parameter: click.Parameter, given: bool) -> None:
     if given:
-        from keybroker.cli.work import use_system
-
         use_system()
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from keybroker.cli.base import Count, print_json
+from keybroker.cli.base import Count, print_json, use_system
 from keybroker.cli.daemon import end_daemon
-from keybroker.cli.work import configuration, use_system
+from keybroker.cli.work import configuration
 from keybroker.connect.line import helper_line, system_line
 from keybroker.connect.proof import prove
 from keybroker.errors import ConfigError, NobodyAnswers

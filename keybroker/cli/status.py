@@ -17,12 +17,13 @@ from keybroker.cli.base import (
     coloured,
     for_profile,
     in_words,
+    is_system,
     of_system,
     on_the_clock,
     print_json,
 )
 from keybroker.cli.sign_ins import endings_of
-from keybroker.cli.work import configuration, daemon_socket, desk, is_system, state
+from keybroker.cli.work import configuration, daemon_socket, desk, state
 from keybroker.config import Config
 from keybroker.connect.connected import connected
 from keybroker.connect.line import helper_line, system_line

@@ -1,7 +1,6 @@
 """A broker for one command: state opened, steps driven until there is an answer."""
 
 import os
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -14,6 +13,7 @@ from keybroker import listening, paths, wire
 from keybroker.broker import Broker
 from keybroker.cache import WrapKey
 from keybroker.carry import decode_session
+from keybroker.cli.base import is_system
 from keybroker.clock import Clock
 from keybroker.config import Config, Profile, load
 from keybroker.credential import Issuer, Secret, Session
@@ -68,23 +68,6 @@ class Desk:
         if answer.error is not None:
             raise answer.error
         return answer.ok or {}
-
-
-class _Whose:
-    """Which daemon a command is about: the user's own, or that of a shared host."""
-
-    system = False
-
-
-def use_system() -> None:
-    """Have this command be about the daemon of a shared host."""
-    if sys.platform != "linux":
-        raise ConfigError("--system: the daemon of a shared host needs systemd")
-    _Whose.system = True
-
-
-def is_system() -> bool:
-    return _Whose.system
 
 
 def configuration() -> Config:
