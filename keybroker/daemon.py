@@ -96,7 +96,8 @@ def run(begun: Begun, state: str, path: str, form: str) -> int:
     """Serve until told to end; return the exit status."""
     if form == "text" and os.environ.get("JOURNAL_STREAM"):
         form = "journal"
-    log = Log(2, form)
+    file = starting.log_file(Path(state))
+    log = Log(2, form, str(file) if listening.in_place(2, str(file)) else None)
     try:
         return Daemon(begun, Path(state), path, log).serve()
     except KeybrokerError as error:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from keybroker import listening, paths, vault
 from keybroker.errors import NobodyAnswers
+from keybroker.log import LARGEST
 from keybroker.pool import PASSED_ON
 
 LOG = "daemon.log"
-LARGEST_LOG = 1 << 20
 START_SECONDS = 5.0
 # `-S`: site packages are of no use to it, and what they run at every start costs memory for good.
 _BOOT = "import sys; sys.path.append(sys.argv.pop(1)); from keybroker.listening import main; main()"
@@ -102,7 +102,7 @@ def log_file(state: Path) -> Path:
 def _open_log(state: Path) -> int:
     file = log_file(paths.private_directory(state))
     with suppress(OSError):
-        if file.stat().st_size > LARGEST_LOG:
+        if file.stat().st_size > LARGEST:
             file.replace(file.with_name(f"{LOG}.1"))
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.open(file, flags, 0o600)

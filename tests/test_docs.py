@@ -19,12 +19,23 @@ import pytest
 
 from keybroker import aws, client, daemon, guidance, paths, push, server, sessions, starting, wire
 from keybroker.cli.base import COMMANDS, keybroker
-from keybroker.config import CACHE, CLAUDE, GENERAL, HOOKS, PROFILE, PUBLISH, SOURCES, parse
+from keybroker.config import (
+    CACHE,
+    CLAUDE,
+    GENERAL,
+    HOOKS,
+    PROFILE,
+    PUBLISH,
+    SERVICE,
+    SOURCES,
+    parse,
+)
 from keybroker.connect.line import NATIVE, helper_line
 from keybroker.devgateway import DevGateway
 from keybroker.document import Where
 from keybroker.errors import CLASSES
 from keybroker.fields import Field, show_duration
+from keybroker.log import LARGEST
 from keybroker.login_types import COMMON, LOGINS
 from keybroker.pool import PASSED_ON
 from keybroker.vault import AUTH, PLACE
@@ -90,6 +101,7 @@ HEADINGS: dict[str, Mapping[str, Field]] = {
     "Top level": GENERAL,
     "`[cache]`": CACHE,
     "`[hooks]`": HOOKS,
+    "`[service]`": SERVICE,
     "`[profiles.<name>]`": PROFILE,
     "`[profiles.<name>.claude]`": CLAUDE,
     **{
@@ -336,7 +348,7 @@ def test_every_variable_that_is_kept_is_named() -> None:
         f"{daemon.TURN_SECONDS:.0f} s kills it",
         f"within {push.APART_SECONDS:.0f} s",
         f"min, doubling up to {daemon.UNLOCK_SECONDS[1] / 3600:.0f} h",
-        f"larger than {starting.LARGEST_LOG >> 20} MiB",
+        f"larger than {LARGEST >> 20} MiB",
     ],
 )
 def test_limits_are_those_of_the_code(limit: str) -> None:

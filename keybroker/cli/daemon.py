@@ -7,11 +7,10 @@ from pathlib import Path
 
 import click
 
-from keybroker import listening, paths, starting, wire
+from keybroker import listening, paths, services, starting, wire
 from keybroker.cli.base import of_system, print_json
 from keybroker.cli.work import configuration, daemon_socket, state
 from keybroker.errors import NobodyAnswers
-from keybroker.services import systemd
 
 ANSWER_SECONDS = 3.0
 STOP_SECONDS = 10.0
@@ -62,7 +61,7 @@ def reload_command(as_json: bool) -> None:
 
 def end_daemon() -> str:
     """End the running daemon, whatever its configuration; say what became of it."""
-    service = systemd.installed(os.environ)
+    service = services.installed(os.environ)
     stopped = service is not None and service.stop()
     found = paths.owner(state())
     if found is None or not listening.answers(str(found.socket)):

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from keybroker import asking, outcomes, paths, standing, starting, wire
+from keybroker import asking, outcomes, paths, services, standing, starting, wire
 from keybroker.audit import Audit, asker
 from keybroker.cache import sealed_at
 from keybroker.cli.base import (
@@ -55,7 +55,6 @@ from keybroker.journal import Journal, decode_lease, read_time
 from keybroker.label import is_label, is_run, prefix
 from keybroker.pool import variables
 from keybroker.rotation import Kind
-from keybroker.services import systemd
 from keybroker.slots import Slots, replay
 
 ANSWER_SECONDS = 8.0  # after ten Claude Code says that a helper is slow
@@ -129,7 +128,7 @@ def start_daemon(config: Config) -> Path:
         if time.monotonic() > until:
             raise at_work_elsewhere()
         time.sleep(0.05)
-    service = systemd.installed(os.environ)
+    service = services.installed(os.environ)
     if service is not None and service.begin():  # not in a container with this HOME
         return daemon_socket() or socket
     named = {name for names in variables(config).values() for name in names}

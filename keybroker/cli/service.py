@@ -2,7 +2,7 @@
 
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,9 +11,14 @@ from keybroker.cli.daemon import end_daemon
 from keybroker.cli.work import configuration
 from keybroker.connect.line import helper_line, system_line
 from keybroker.connect.proof import prove
-from keybroker.errors import ConfigError, NobodyAnswers
+from keybroker.errors import NobodyAnswers
+from keybroker.services import service_manager
+from keybroker.services.manager import content
 from keybroker.services.needs import Needs, needs
-from keybroker.services.systemd import Systemd, content
+
+if TYPE_CHECKING:
+    from keybroker.services.launchd import Launchd
+    from keybroker.services.systemd import Systemd
 
 SYSTEM = click.option(
     "--system", is_flag=True, help="For all users of a shared host, by the system's own manager."
@@ -33,20 +38,20 @@ def install_command(system: bool, dry_run: bool) -> None:
 
     May be repeated: after an upgrade, or when the configuration needs more than before.
     """
-    manager, wanted = _manager(system), _needs(system)
+    service, wanted = _manager(system), _needs(system)
     if dry_run:
-        for file, text in manager.files(wanted).items():
+        for file, text in service.files(wanted).items():
             print(f"--- {file}{'' if content(file) != text else ' (as it is)'}")
             print(text)
         return
-    manager.check()
-    if not system and not manager.state(wanted).pid:
+    service.check()
+    if not system and not service.state(wanted).pid:
         end_daemon()  # one in the background; the service takes its place
-    changed = manager.write(wanted)
+    changed = service.write(wanted)
     for file in changed:
         print(f"wrote    {file}")
-    manager.start(changed)
-    print(f"running  process {manager.state(wanted).pid}, {manager.begins_at}")
+    service.start(changed)
+    print(f"running  process {service.state(wanted).pid}, {service.begins_at}")
     name, fingerprint = _try(system)
     print(f"tried    {name}: the helper printed the key {fingerprint}")
     print(f"undo     keybroker service uninstall{' --system' if system else ''}")
@@ -73,10 +78,10 @@ def status_command(system: bool, as_json: bool) -> None:
 
     Exit status: 0 when it runs, 69 when it does not.
     """
-    manager, wanted = _manager(system), _needs(system)
-    state = manager.state(wanted)
+    service, wanted = _manager(system), _needs(system)
+    state = service.state(wanted)
     facts: dict[str, Any] = {
-        "manager": manager.name,
+        "manager": service.name,
         "installed": state.installed,
         "current": state.installed and state.current,
         "enabled": state.enabled,
@@ -84,7 +89,7 @@ def status_command(system: bool, as_json: bool) -> None:
         "pid": state.pid or None,
         "restarts": state.restarts,
         "result": state.result,
-        "files": [str(file) for file in manager.files(wanted) if file.exists()],
+        "files": [str(file) for file in service.files(wanted) if file.exists()],
     }
     if as_json:
         print_json(facts)
@@ -92,7 +97,7 @@ def status_command(system: bool, as_json: bool) -> None:
         print("no service is installed; keybroker service install")
     else:
         runs = f"process {state.pid}" if state.pid else "the next helper starts it"
-        print(f"{state.active}, {runs}, {manager.begins_at}")
+        print(f"{state.active}, {runs}, {service.begins_at}")
         if state.restarts:
             print(f"restarted {state.restarts} times, the last time because of: {state.result}")
         if not state.current:
@@ -116,12 +121,10 @@ def logs_command(system: bool, lines: int, follow: bool) -> None:
         raise NobodyAnswers(f"{command[0]}: cannot be run ({error.strerror})") from None
 
 
-def _manager(system: bool) -> Systemd:
-    if sys.platform != "linux":
-        raise ConfigError("service: systemd alone, so far")
+def _manager(system: bool) -> "Systemd | Launchd":
     if system:
         use_system()
-    return Systemd(os.environ, system=system)
+    return service_manager(os.environ, system=system)
 
 
 def _needs(system: bool) -> Needs:

@@ -14,28 +14,13 @@ from pathlib import Path
 from keybroker.cache import CREDENTIAL
 from keybroker.errors import ConfigError, NobodyAnswers
 from keybroker.paths import SYSTEM_CONFIG, SYSTEM_SOCKET, Disk, private_directory, runtime_directory
+from keybroker.services.manager import COMMAND_SECONDS, PROGRAM, State, content, run
 from keybroker.services.needs import Needs
-from keybroker.values import dataclass
 
 SERVICE, SOCKET = "keybroker.service", "keybroker.socket"
 DROP_IN = "keybroker.service.d/50-profiles.conf"
 PLACE = "share/keybroker/systemd"  # below where Python's own data is
-COMMAND_SECONDS = 30.0
 READY_SECONDS = 60.0
-PROGRAM = "from keybroker.cli import main; main()"
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """How the units stand. `pid` is 0 where none runs, `result` why the last one ended."""
-
-    installed: bool
-    current: bool  # the files are what would be written now
-    enabled: bool
-    active: str
-    pid: int
-    restarts: int
-    result: str
 
 
 class Systemd:
@@ -110,12 +95,12 @@ class Systemd:
             return
         private_directory(self.secrets)
         command = ["systemd-creds", *self._scope, "encrypt", f"--name={CREDENTIAL}", "-", "-"]
-        done = self._run(command, given=os.urandom(32).hex())
+        done = run(command, given=os.urandom(32).hex())
         if done.returncode == 0:
             Disk().replace(sealed, done.stdout.encode())
 
     def _version(self) -> int:
-        words = self._run(["systemctl", "--version"]).stdout.split()
+        words = run(["systemctl", "--version"]).stdout.split()
         return int(words[1]) if len(words) > 1 and words[1].isdigit() else 0
 
     def write(self, needs: Needs) -> list[Path]:
@@ -266,7 +251,7 @@ class Systemd:
         """Say from when on it runs."""
         if self._system:
             return "from each boot on"
-        done = self._run(["loginctl", "show-user", str(os.geteuid()), "--property=Linger"])
+        done = run(["loginctl", "show-user", str(os.geteuid()), "--property=Linger"])
         if done.stdout.strip() == "Linger=yes":
             return "from each boot on (linger)"
         return "from each login on; before that as well: loginctl enable-linger"
@@ -283,32 +268,7 @@ class Systemd:
     def _systemctl(
         self, *arguments: str, seconds: float = COMMAND_SECONDS
     ) -> subprocess.CompletedProcess[str]:
-        return self._run(["systemctl", *self._scope, "--no-pager", *arguments], seconds)
-
-    def _run(
-        self, command: Sequence[str], seconds: float = COMMAND_SECONDS, given: str = ""
-    ) -> subprocess.CompletedProcess[str]:
-        try:
-            return subprocess.run(
-                command,
-                input=given,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=seconds,
-            )
-        except FileNotFoundError:
-            return subprocess.CompletedProcess(command, 127, "", f"{command[0]}: not found")
-        except subprocess.TimeoutExpired:
-            return subprocess.CompletedProcess(command, 124, "", f"no end within {seconds:.0f} s")
-
-
-def installed(environment: Mapping[str, str]) -> Systemd | None:
-    """Return the manager that runs this user's daemon; None where no service is installed."""
-    if sys.platform != "linux":
-        return None
-    manager = Systemd(environment)
-    return manager if manager.installed else None
+        return run(["systemctl", *self._scope, "--no-pager", *arguments], seconds)
 
 
 def template(name: str) -> str:
@@ -337,11 +297,3 @@ def quoted(word: str) -> str:
 def plain(path: Path) -> str:
     """Write a path where systemd takes no quotes."""
     return str(path).replace("%", "%%")
-
-
-def content(file: Path) -> str | None:
-    """Return a file's text; None where it cannot be read."""
-    try:
-        return file.read_text("utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
