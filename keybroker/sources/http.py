@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import ssl
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +16,14 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
-import truststore
+# httpx loads its own command line as well where click is there, a third of the time that it takes;
+# it does without one that cannot be imported.
+sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
+import httpx  # noqa: E402
+import truststore  # noqa: E402
 
-from keybroker import __version__
-from keybroker.errors import ConfigError, SourceInvalid, SourceUnavailable
+from keybroker import __version__  # noqa: E402
+from keybroker.errors import ConfigError, SourceInvalid, SourceUnavailable  # noqa: E402
 
 LARGEST_BODY = 4 << 20
 CONNECT_SECONDS = 4.0
