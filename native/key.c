@@ -97,23 +97,23 @@ static int ask(const char *path, const char *name) {
 		if (more > 0) got += more, until = start + ALL;
 		if (!memcmp(reply, "wait\n", 5)) wait = 5;
 	}
-	close(server);
 	return tell(reply + wait, reply + got - 1);
 }
 
 int main(int argc, char **argv) {
 	char *path = argc > 1 ? argv[1] : "", *profile = argc > 2 ? argv[2] : "-";
 	char *python = argc > 3 ? argv[3] : "", *name = strcmp(profile, "-") ? profile : NULL;
-	prctl(PR_SET_DUMPABLE, 0, 0, 0, 0); /* no core */
-	signal(SIGPIPE, SIG_IGN);
+	prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), signal(SIGPIPE, SIG_IGN); /* no core; told by write() */
 	if (argc > 4 || (*path != '/' && strcmp(path, "-")) || (name && (strchr("_-", *name)
 	    || strlen(name) > 32 || name[strspn(name, "abcdefghijklmnopqrstuvwxyz0123456789_-")])))
 		return say(2, "keybroker: helper: needs a socket's path or -, and a profile's name");
 	if (fcntl(1, F_GETFD) < 0) return say(74, "keybroker: output: stdout is closed");
 	int status = *path == '-' && getenv("KEYBROKER_CONFIG") ? NOBODY : ask(path, profile);
 	if (status >= 0) return status;
+	char *how = status == NOBODY ? NULL : "--unanswered";
+	if (!strcmp(path, "/run/keybroker/s")) how = "--system"; /* the daemon of a shared host */
 	char *get[] = {python, "-I", "-c", "from keybroker.cli import main; main()", "get",
-	               status == NOBODY ? name : "--unanswered", status == NOBODY ? NULL : name, NULL};
+	               how ? how : name, how ? name : NULL, NULL};
 	close(0); /* the client's stdin never ends; what is opened next takes its place */
 	if (open("/dev/null", O_RDWR) == 0) execv(python, get);
 	return say(69, "keybroker: helper: nobody answers, and keybroker get cannot be started");

@@ -91,6 +91,10 @@ class Helper:
         self.change('RUN_USER = b"/run/user"', f"RUN_USER = {os.fsencode(folder / 'user')!r}")
         self.change('b"/tmp/keybroker-%d/s" % uid', f"{os.fsencode(folder / 'tmp' / 's')!r}")
 
+    def be_shared(self, socket: Path) -> None:
+        """Have it take a socket for that of a shared host's daemon."""
+        self.change('SYSTEM = b"/run/keybroker/s"', f"SYSTEM = {os.fsencode(socket)!r}")
+
     def be_another(self) -> None:
         """Have it take us for somebody else."""
         self.change("(0, posix.geteuid())", f"(0, {os.geteuid() + 1})")
@@ -168,6 +172,9 @@ class Native(Helper):
         self.change(
             ('"/run/user/%u', f'"{folder}/user/%u'), ('"/tmp/keybroker-%u/s"', f'"{folder}/tmp/s"')
         )
+
+    def be_shared(self, socket: Path) -> None:
+        self.change(('"/run/keybroker/s"', f'"{socket}"'))
 
     def be_another(self) -> None:
         self.change(("owner[1] != geteuid()", "owner[1] != geteuid() + 1"))
@@ -546,6 +553,17 @@ def test_nobody_is_there(it: Helper, what: str) -> None:
 
     assert it.run() == slow_path("--nobody", "work")
     assert it.run(it.socket, "-") == slow_path("--nobody")
+
+
+def test_the_socket_of_a_shared_host_is_asked_about_by_its_name(it: Helper) -> None:
+    """Then `get` asks the daemon of the system too, and starts none; under `-` it is one's own."""
+    it.be_shared(it.socket)
+    assert it.run() == slow_path("--nobody", "--system", "work")
+    assert it.run(it.socket, "-") == slow_path("--nobody", "--system")
+    assert it.run("-", "work") == slow_path("--nobody", "work")
+    with ScriptedServer(it.socket, read, b"what\n"):
+        assert it.run() == slow_path("--nobody", "--system", "work")
+        assert it.run("-", "work") == slow_path("work")
 
 
 def test_a_path_that_no_socket_can_have_is_nobody(it: Helper) -> None:

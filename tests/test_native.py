@@ -64,6 +64,7 @@ def test_it_has_the_numbers_and_the_words_of_the_reference() -> None:
     slow = ", ".join(f'"{word}"' for word in asking.SLOW)
     assert f"{{python, {slow}," in text
     assert asking.RUN_USER.decode() in text
+    assert f'"{asking.SYSTEM.decode()}"' in text
     said = {(line, status) for status, line in re.findall(r'say\((\d+), "([^"]*)"\)', text)}
     reference = Path(asking.__file__).read_text()
     assert said == set(re.findall(r'_say\("([^"]*)", (\d+)\)', reference))
