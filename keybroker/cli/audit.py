@@ -7,12 +7,12 @@ from typing import Any
 import click
 
 from keybroker.audit import Audit
-from keybroker.cli.base import Count
+from keybroker.cli.base import Count, profiles
 from keybroker.cli.work import state
 
 
 @click.group("audit", invoke_without_command=True)
-@click.option("--profile", help="Only this profile.")
+@click.option("--profile", shell_complete=profiles, help="Only this profile.")
 @click.option(
     "--last",
     type=Count(),

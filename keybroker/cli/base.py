@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from keybroker import __version__, wire
 from keybroker.errors import ConfigError, KeybrokerError, OutputLost, place
@@ -73,12 +74,21 @@ class _Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+        known = not args or args[0] in COMMANDS or args[0].startswith("-")
+        if not known and not ctx.resilient_parsing:  # which is when a shell completes
             from difflib import get_close_matches  # only where something is wrong
 
             for name in get_close_matches(args[0], COMMANDS, 1):
                 ctx.fail(f"No such command {args[0]!r}. Did you mean {name!r}?")
         return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        known = [
+            CompletionItem(name, help=text)
+            for name, (_, text) in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return [*known, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -146,11 +156,31 @@ class Count(click.ParamType[int]):
         return int(text)
 
 
+def names_of(table: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """Return what completes the names of a table of the configuration."""
+
+    def complete(_: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+        from keybroker.cli.names import names  # only when a shell asks
+
+        return [name for name in names(table) if name.startswith(incomplete)]
+
+    return complete
+
+
+profiles = names_of("profiles")
+logins = names_of("logins")
+
+
 def for_profile(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command take its profile as an argument or as --profile."""
 
-    @click.argument("profile", required=False)
-    @click.option("--profile", "named", metavar="PROFILE", help="The same as the argument.")
+    @click.argument("profile", required=False, shell_complete=profiles)
+    @click.option(
+        *("--profile", "named"),
+        metavar="PROFILE",
+        shell_complete=profiles,
+        help="The same as the argument.",
+    )
     @wraps(command)
     def with_profile(*rest: Any, profile: str | None, named: str | None, **values: Any) -> None:
         if profile is not None and named is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from keybroker import guidance, paths, settings, wire
-from keybroker.cli.base import coloured, print_json, progress, say
+from keybroker.cli.base import coloured, print_json, profiles, progress, say
 from keybroker.cli.daemon import end_daemon
 from keybroker.cli.draft import File
 from keybroker.cli.keys import key_at_hand
@@ -56,7 +56,12 @@ SURFACE = _Surface(list(SURFACES))
 
 @click.command("connect")
 @click.argument("surfaces", nargs=-1, type=SURFACE, metavar="[SURFACE]...")
-@click.option("--profile", metavar="PROFILE", help="Whose keys; the only or default one.")
+@click.option(
+    "--profile",
+    metavar="PROFILE",
+    shell_complete=profiles,
+    help="Whose keys; the only or default one.",
+)
 @click.option(
     "--scope",
     type=click.Choice(["user", "local", "managed"]),
@@ -321,7 +326,12 @@ class _Job:
 
 @click.command("disconnect")
 @click.argument("surfaces", nargs=-1, type=SURFACE, metavar="[SURFACE]...")
-@click.option("--profile", metavar="PROFILE", help="Only what was connected to this profile.")
+@click.option(
+    "--profile",
+    metavar="PROFILE",
+    shell_complete=profiles,
+    help="Only what was connected to this profile.",
+)
 @click.option(
     "--scope",
     type=click.Choice(["user", "local", "managed"]),

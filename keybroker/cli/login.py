@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from keybroker import signin, wire
-from keybroker.cli.base import in_words, on_the_clock, print_json, progress
+from keybroker.cli.base import in_words, logins, on_the_clock, print_json, progress
 from keybroker.cli.keys import end_keys, raise_what_is_left
 from keybroker.cli.sign_ins import described, row
 from keybroker.cli.work import configuration, daemon_socket, state
@@ -41,7 +41,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.command("login")
-@click.argument("login", required=False)
+@click.argument("login", required=False, shell_complete=logins)
 @click.option("--device", is_flag=True, help="With a code that is typed on any device.")
 @click.option("--browser", is_flag=True, help="With the browser of this machine.")
 @click.option(
@@ -77,7 +77,7 @@ def login_command(
 
 
 @click.command("logout")
-@click.argument("login", required=False)
+@click.argument("login", required=False, shell_complete=logins)
 @click.option("--force", is_flag=True, help="Sign out though keys could not be revoked.")
 @JSON
 def logout_command(login: str | None, force: bool, as_json: bool) -> None:
@@ -121,7 +121,7 @@ def logout_command(login: str | None, force: bool, as_json: bool) -> None:
 
 
 @click.command("whoami")
-@click.argument("login", required=False)
+@click.argument("login", required=False, shell_complete=logins)
 @JSON
 def whoami_command(login: str | None, as_json: bool) -> None:
     """Show who is signed in where, and until when. Asks nobody.

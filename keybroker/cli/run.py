@@ -12,7 +12,7 @@ import click
 
 from keybroker import asking, foreign, guidance, tiers, wire
 from keybroker.cli import shells
-from keybroker.cli.base import Before, Duration, in_words, on_the_clock, progress
+from keybroker.cli.base import Before, Duration, in_words, on_the_clock, profiles, progress
 from keybroker.cli.keys import key_at_hand, start_daemon
 from keybroker.cli.models import listed, still_listed
 from keybroker.cli.models import mapping as assign
@@ -72,7 +72,12 @@ def limited(command: Any) -> Any:
 @click.command(
     "run", context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False}
 )
-@click.option("--profile", "name", metavar="PROFILE", help="Of which its key is made.")
+@click.option(
+    *("--profile", "name"),
+    metavar="PROFILE",
+    shell_complete=profiles,
+    help="Of which its key is made.",
+)
 @limited
 @click.option("--host", metavar="HOST", help="In place of a profile: what checks no key. localhost")
 @click.option(

@@ -1,0 +1,18 @@
+"""The names that a shell completes: profiles and logins of the configuration."""
+
+import os
+
+from keybroker import asking, document, paths
+from keybroker.cli import work
+from keybroker.errors import KeybrokerError
+
+
+def names(table: str) -> list[str]:
+    """Return the names below a table; none where the configuration cannot be read."""
+    try:
+        files = (paths.SYSTEM_CONFIG,) if work.is_system() else paths.config_files(os.environ)
+        found = document.read(files).tables.get(table)
+    except (KeybrokerError, OSError):
+        return []
+    known = found if isinstance(found, dict) else {}
+    return [name for name in known if asking.is_name(name.encode())]
