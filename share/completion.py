@@ -23,4 +23,6 @@ def write(folder: Path) -> None:
         file = folder / name
         file.parent.mkdir(parents=True)
         # not `script.source()`, which wants the shell to be there
-        file.write_text(ShellComplete.source(script))
+        text = ShellComplete.source(script)
+        # fish: a command's description may have a comma in it
+        file.write_text(text.replace('string split ","', 'string split -m 1 ","'))

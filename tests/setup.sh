@@ -22,6 +22,9 @@ missing_packages() {
     have curl || echo curl
     have git || echo git
     have fish || echo fish
+    have zsh || echo zsh
+    have man || echo man-db
+    have mandoc || echo mandoc
     have chromium || echo chromium
     have systemd-nspawn || echo systemd-container
     have mmdebstrap || echo mmdebstrap
