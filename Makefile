@@ -1,10 +1,11 @@
 # make demo    see it work, against a gateway of its own
 # make test    everything a change has to pass; installs real servers in ~/.cache (once)
 # make check   the part of it that reads the code
+# make dist     a wheel, a source distribution, and what an installation of today consists of
 # make screenshots  the pages that a browser shows after a sign-in, into docs/images
 # make bench   how fast it is, against what stands beside it; some minutes
 
-.PHONY: demo test check bench screenshots
+.PHONY: demo test check bench dist screenshots
 .SILENT:
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -25,6 +26,16 @@ check: .venv/installed-dev
 bench: .venv/installed
 	.venv/bin/python -m benchmarks
 
+# The versions are those of today; the rest is the same bytes wherever it is made.
+dist: .venv/installed-dev
+	rm -rf dist
+	.ci/quietly .venv/bin/python -m hatchling build -d dist
+	.venv/bin/python -m venv --without-pip dist/fresh
+	.ci/quietly .venv/bin/python -m pip --python dist/fresh/bin/python install --no-compile dist/*.whl
+	.ci/sbom dist/fresh/bin/python dist/keybroker.cdx.json
+	rm -rf dist/fresh
+	ls dist
+
 screenshots: .venv/installed-dev
 	.venv/bin/python -m tests.test_login_pages
 
@@ -32,7 +43,7 @@ screenshots: .venv/installed-dev
 	.ci/venv
 
 # `--group` needs pip 25.1, and before it commands were written that load `re` at every start
-.venv/installed: pyproject.toml native/build.py native/key.c .venv/created
+.venv/installed: pyproject.toml native/build.py native/key.c $(wildcard share/*.py) .venv/created
 	.ci/quietly .venv/bin/python -m pip install --upgrade 'pip>=25.1'
 	.ci/quietly .venv/bin/python -m pip install --editable .
 	touch $@

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from click.testing import CliRunner
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
 from keybroker import __version__
+from keybroker.cli.base import keybroker
 from tests.resident import Home, fresh_home
 
 ROOT = Path(__file__).parent.parent
@@ -130,13 +132,15 @@ def test_each_command_has_a_page_without_a_fault(dist: Dist, tmp_path: Path) -> 
     for name, text in found.items():
         (tmp_path / name).write_bytes(text)
     assert run("mandoc", "-T", "lint", "-W", "warning", *found, cwd=tmp_path) == ""
+    assert run("sh", "-c", "groff -man -ww -z *.1 2>&1", cwd=tmp_path) == ""
     for name in found:
-        shown = run("man", "-l", "--warnings=w", tmp_path / name, MANWIDTH="80", LC_ALL="C.UTF-8")
-        command = name.removesuffix(".1").split("-")
-        text = run(PYTHON, "-c", "from keybroker.cli import main; main()", *command[1:], "--help")
-        options = set(re.findall(r"^  (?:-\w, )?(--[a-z-]+)", text, re.MULTILINE))
+        shown = run("mandoc", "-T", "ascii", name, cwd=tmp_path)
+        text = re.sub(".\b", "", shown)
+        words = name.removesuffix(".1").split("-")[1:]
+        said = CliRunner().invoke(keybroker, [*words, "--help"]).output
+        options = set(re.findall(r"^  (?:-\w, )?(--[a-z-]+)", said, re.MULTILINE))
         assert "--help" in options
-        assert [one for one in options if one not in shown] == []
+        assert [one for one in options if one not in text] == []
 
 
 def valid(text: str) -> dict[str, Any]:
@@ -213,7 +217,7 @@ def home() -> Iterator[Home]:
 
 
 def test_what_is_installed_works(installed: Installed, home: Home) -> None:
-    """A key through a daemon, by the command and by the helper's line; the helper is the one in C."""
+    """A key through a daemon, by the command and by the helper's line, which is the one in C."""
 
     def said(*command: str | Path) -> str:
         done = subprocess.run(
@@ -222,25 +226,47 @@ def test_what_is_installed_works(installed: Installed, home: Home) -> None:
         assert (done.returncode, done.stderr) == (0, "")
         return done.stdout
 
-    keybroker = installed.bin / "keybroker"
-    assert said(keybroker, "--version") == f"keybroker, version {__version__}\n"
-    assert said(keybroker, "config", "check").startswith("ok: 2 profiles in ")
+    program = installed.bin / "keybroker"
+    assert said(program, "--version") == f"keybroker, version {__version__}\n"
+    assert said(program, "config", "check").startswith("ok: 2 profiles in ")
     try:
-        assert said(keybroker, "get", "work") == "ollama\n"
-        status = json.loads(said(keybroker, "status", "--json"))
+        assert said(program, "get", "work") == "ollama\n"
+        status = json.loads(said(program, "status", "--json"))
         assert status["daemon"]["version"] == __version__
         line = status["profiles"][0]["settings"]["apiKeyHelper"]
         assert "/keybroker-key' " in line
         assert said("sh", "-c", line) == "ollama\n"
     finally:
-        said(keybroker, "daemon", "--stop")
+        said(program, "daemon", "--stop")
 
 
 def test_its_manual_is_found(installed: Installed) -> None:
-    """Where the tool puts it, which `man` finds by itself beside a folder of PATH."""
+    """Where the tool puts it, and completion beside it."""
     found = run("man", "-w", "keybroker", "keybroker-get", MANPATH=str(installed.manual))
-    assert found.split() == [f"{installed.manual}/man1/keybroker{end}.1" for end in ("", "-get")]
+    pages = [installed.manual / "man1" / f"keybroker{end}.1" for end in ("", "-get")]
+    assert found.split() == [str(page.resolve()) for page in pages]
     assert [name for name in COMPLETION if not (installed.share / name).is_file()] == []
+
+
+def test_an_installation_has_a_bill_of_materials(
+    request: pytest.FixtureRequest, installed: Installed, tmp_path: Path
+) -> None:
+    """Its packages with their versions, and nothing of this machine and this moment."""
+    if "[pip]" not in request.node.name:
+        return
+    run(".ci/sbom", installed.bin / "python", tmp_path / "bill.json")
+    text = (tmp_path / "bill.json").read_text()
+    assert str(installed.bin.parent) not in text
+    bill = valid(text)
+    assert "serialNumber" not in bill
+    assert "timestamp" not in bill["metadata"]
+    ours = bill["metadata"]["component"]
+    assert (ours["name"], ours["version"]) == ("keybroker", __version__)
+    [root] = [one for one in bill["dependencies"] if one["ref"] == ours["bom-ref"]]
+    assert len(root["dependsOn"]) > 8
+    versions = {one["name"]: one["version"] for one in bill["components"]}
+    assert {"click", "cryptography", "botocore"} < set(versions)
+    assert all(versions.values())
 
 
 # completed
@@ -268,7 +294,7 @@ def completed(shell: str, installed: Installed, home: Home, *words: str, wanted:
     program = {
         "bash": ["bash", "--norc", "-c", BASH, "bash", *words],
         "zsh": ["zsh", "-f", "-c", ZSH, "zsh", *words],
-        "fish": ["fish", "--no-config", "-c", f"complete -C '{' '.join(words)}'"],
+        "fish": ["fish", "-c", f"complete -C '{' '.join(words)}'"],
     }[shell]
     environment = {
         **home.environment,
