@@ -34,9 +34,11 @@ CONFIG = """
 cache = { key = "file" }
 [profiles.work]
 base_url = "http://127.0.0.1:9"
+verify = "none"
 source = { type = "static", placeholder = "ollama" }
 [profiles.other]
 base_url = "http://127.0.0.1:9"
+verify = "none"
 source = { type = "static", placeholder = "ollama" }
 [logins.corp]
 type = "litellm"
