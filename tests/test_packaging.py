@@ -230,7 +230,7 @@ def test_what_is_installed_works(installed: Installed, home: Home) -> None:
 
     program = installed.bin / "keybroker"
     assert said(program, "--version") == f"keybroker, version {__version__}\n"
-    assert said(program, "config", "check").startswith("ok: 2 profiles in ")
+    assert "ok: 2 profiles in " in said(program, "config", "check")
     try:
         assert said(program, "get", "work") == "ollama\n"
         status = json.loads(said(program, "status", "--json"))

@@ -162,7 +162,7 @@ def names_of(table: str) -> Callable[[click.Context, click.Parameter, str], list
     def complete(_: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
         from keybroker.cli.names import names  # only when a shell asks
 
-        return [name for name in names(table) if name.startswith(incomplete)]
+        return [name for name in names(table, system=is_system()) if name.startswith(incomplete)]
 
     return complete
 
