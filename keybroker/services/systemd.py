@@ -21,6 +21,7 @@ SERVICE, SOCKET = "keybroker.service", "keybroker.socket"
 DROP_IN = "keybroker.service.d/50-profiles.conf"
 PLACE = "share/keybroker/systemd"  # below where Python's own data is
 READY_SECONDS = 60.0
+HOMES = ("/home/", "/root/", "/run/user/")  # what ProtectHome=yes hides
 
 
 class Systemd:
@@ -114,6 +115,7 @@ class Systemd:
             ConfigError: A file cannot be written.
         """
         changed = []
+        self._check_place()
         self.files(needs)  # what is missing is said before anything is done
         if needs.seals:
             self._make_wrap_key()
@@ -125,8 +127,25 @@ class Systemd:
                     file.chmod(0o644)
                     changed.append(file)
             except OSError as error:
-                raise ConfigError(f"{file}: cannot be written ({error.strerror})") from None
+                raise ConfigError(
+                    f"{file}: cannot be written ({error.strerror})",
+                    hint="sudo keybroker service install --system" if self._system else None,
+                ) from None
         return changed
+
+    def _check_place(self) -> None:
+        """
+        See that a service of the whole system comes to the interpreter.
+
+        Raises:
+            ConfigError: It is in a HOME, which that service does not see.
+        """
+        for place in (sys.executable, os.path.realpath(sys.executable)):
+            if self._system and place.startswith(HOMES):
+                raise ConfigError(
+                    f"{place}: is in a HOME, which a service of the whole system does not see",
+                    hint="install keybroker elsewhere, in /opt say, with a Python that all may run",
+                )
 
     def remove(self) -> list[Path]:
         """Remove what `write` has put in place; return what there was."""
