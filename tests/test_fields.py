@@ -152,13 +152,19 @@ def test_a_reference_says_where_a_secret_is(value: object, reference: Reference)
         (CANARY, "never a key itself"),
         ([CANARY], "never a key itself"),
         (None, "never a key itself"),
-        ({}, "expected exactly one of env, file, keyring, command, login, vault"),
+        ({}, "expected exactly one of env, file, keyring, command, credential, login, vault"),
         (
             {"env": "A", "file": CANARY},
-            "expected exactly one of env, file, keyring, command, login, vault",
+            "expected exactly one of env, file, keyring, command, credential, login, vault",
         ),
-        ({CANARY: "x"}, "expected exactly one of env, file, keyring, command, login, vault"),
-        ({"gcp": CANARY}, "expected exactly one of env, file, keyring, command, login, vault, aws"),
+        (
+            {CANARY: "x"},
+            "expected exactly one of env, file, keyring, command, credential, login, vault",
+        ),
+        (
+            {"gcp": CANARY},
+            "expected exactly one of env, file, keyring, command, credential, login, vault, aws",
+        ),
         ({"aws": CANARY}, "never a key itself"),
         ({"aws": "llm admin"}, "expected a name or an ARN after aws"),
         ({"aws": "llm/admin#key"}, "expected a name or an ARN after aws"),

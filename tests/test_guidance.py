@@ -64,7 +64,8 @@ def sourced(file: Path, shell: str = "sh") -> dict[str, str]:
     assert done.stderr == b""
     assert list(folder.iterdir()) == []
     found = dict(line.split("=", 1) for line in done.stdout.decode().split("\0") if line)
-    return {k: v for k, v in found.items() if k not in ("PATH", "PWD", "OLDPWD", "SHLVL", "_")}
+    its_own = ("PATH", "PWD", "OLDPWD", "SHLVL", "_", "HOME", "LOGNAME")  # the last two of zsh
+    return {name: value for name, value in found.items() if name not in its_own}
 
 
 def put(runtime: Path, *profiles: Profile, default: str | None = None) -> bool:
