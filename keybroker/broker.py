@@ -1072,6 +1072,14 @@ class Broker:
             if self._logins.take(session):
                 self._keep(session)
 
+    def end_session(self, issuer: Issuer) -> Session | None:
+        """Ask an issuer no more with the session that there is; return that, if there was one."""
+        ended = self._logins.end(issuer)
+        if ended is None:
+            return None
+        self._keep(ended[1])
+        return ended[0]
+
     def _renew_sessions(self, now: datetime) -> datetime | None:
         """Have those renewed that nobody asks with; return when the next one is due."""
         if not self._mints:

@@ -861,6 +861,8 @@ class Daemon:
             **broker.opener(sign_in.issuer),
         )
         answered: list[Answer] = []
+        ended: list[Answer] = []  # sessions that were begun with it
+        waited = self._end_sessions(name, stage, ended)
 
         def take(answer: Answer) -> None:  # whether or not the command is still there
             answered.append(answer)
@@ -874,16 +876,36 @@ class Daemon:
                     self._pool.send("cache", "forget", ACT_SECONDS, profile=profile.name)
 
         def result(late: bool) -> Any | None:
-            if not answered and not late:
+            if not late and (not answered or len(ended) < waited):
                 return None
             if not answered:
                 raise NotReady("the daemon is busy", hint="try again")
             if answered[0].error is not None:
                 raise answered[0].error
-            return answered[0].ok
+            left = [one.error.message for one in ended if one.error is not None]
+            return {**(answered[0].ok or {}), "left": left}
 
         self._signing[number] = take
         return Job(client, result, time.monotonic() + ACT_SECONDS + sign_in.seconds)
+
+    def _end_sessions(self, login: str, stage: Any, ended: list[Answer]) -> int:
+        """Ask with no session that was begun with a sign-in which is over; end those of Vaults."""
+        if stage not in ("end", "forget"):
+            return 0
+        issuers = [one for profile in self._config.profiles.values() for one in profile.asked]
+        waited = 0
+        for issuer in issuers:
+            if not any(one.name == login for one in signin.needed_by(issuer)):
+                continue
+            session = self._ready().end_session(issuer)
+            if session is None or not issuer.vault or stage == "forget":
+                continue
+            number = self._pool.send(
+                "vault", "end_session", ACT_SECONDS, vault=issuer.vault, session=session
+            )
+            self._signing[number] = ended.append
+            waited += 1
+        return waited
 
     def _stop(self, asked: Mapping[str, Any], client: Client) -> Job | None:
         client.send(wire.answer({"pid": os.getpid()}), last=True)

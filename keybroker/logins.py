@@ -70,6 +70,21 @@ class Logins:
         self._held[session.key] = forgiven
         return forgiven
 
+    def end(self, issuer: Issuer) -> tuple[Session, Session] | None:
+        """
+        Ask with a session no more.
+
+        Returns:
+            The session as it was, to be ended where it was begun, and as it is now, to be sealed;
+            None where there is none.
+        """
+        session = self.of(issuer)
+        if session is None or session.secret is None:
+            return None
+        over = replace(session, serial=session.serial + 1, secret=None, not_before=None)
+        self._held[session.key] = over
+        return session, over
+
     def know(self, issuers: Iterable[Issuer]) -> None:
         """Take note of who is asked with sessions from now on: theirs are kept alive."""
         self._wanted = {session_of(one.vault): one for one in issuers if one.vault}

@@ -168,6 +168,11 @@ class Operations:
         sources.keep_session(vault, self.environment, self.held)
         return {}
 
+    def end_session(self, vault: str) -> dict[str, Any]:
+        """End a session that was begun with a sign-in which is over."""
+        sources.end_session(vault, self.environment, self.held)
+        return {}
+
     def poll(self, profile: Profile, lease: Lease | None = None) -> dict[str, Any]:
         """
         Read a followed source.

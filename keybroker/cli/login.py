@@ -4,7 +4,7 @@ import os
 import select
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any
@@ -17,6 +17,7 @@ from keybroker.cli.keys import end_keys, raise_what_is_left
 from keybroker.cli.sign_ins import described, row
 from keybroker.cli.work import configuration, daemon_socket, state
 from keybroker.config import Config
+from keybroker.credential import Secret
 from keybroker.errors import (
     CANNOT_KEEP,
     CacheLocked,
@@ -26,8 +27,9 @@ from keybroker.errors import (
     SourceError,
     SourceInvalid,
 )
+from keybroker.logins import Logins, name_of
 from keybroker.pool import Pool, variables
-from keybroker.signin import SignIn, Standing
+from keybroker.signin import SignIn, Standing, needed_by
 
 BEGIN_SECONDS = 60.0
 STEP_SECONDS = 60.0
@@ -83,16 +85,25 @@ def login_command(
 def logout_command(login: str | None, force: bool, as_json: bool) -> None:
     """Sign out of LOGIN: end the keys that were had with it, then the sign-in at the provider.
 
-    Keys come first, since only the sign-in can revoke them.
+    Keys come first, since only the sign-in can revoke them. Where they are published for others,
+    who would be refused from then on, nothing is done without --force.
     """
     config = configuration()
     sign_in = chosen(config, login)
     standing = signin.standing_of(state(), sign_in)
     with closing(_Desk(config, sign_in)) as at:
-        told, revoked, left = False, 0, 0
+        revoked, left = 0, 0
+        found: Mapping[str, Any] = {"told": False}
         if standing is not None or sign_in.unattended:
-            at.sign("leave")
             mine = [p for p in config.profiles.values() if sign_in in p.logins and p.kind.ours]
+            published = [str(p.publish.issuer) for p in mine if p.publish is not None]
+            if published and not force:
+                raise ConfigError(
+                    f"login {sign_in.name}: its keys are published at {', '.join(published)}, and "
+                    "who reads them there would be refused",
+                    hint=_all_the_same(sign_in),
+                )
+            at.sign("leave")
             if mine:
                 results = end_keys(config, [profile.name for profile in mine])
                 revoked = sum(result["revoked"] for result in results)
@@ -100,10 +111,11 @@ def logout_command(login: str | None, force: bool, as_json: bool) -> None:
                 if not force:
                     _all_gone(results, sign_in)
             try:
-                told = bool(at.sign("end" if not force else "forget")["told"])
+                found = at.sign("end" if not force else "forget")
             except SourceError as error:
                 error.hint = _all_the_same(sign_in)
                 raise
+    told = bool(found["told"])
     if as_json:
         print_json({"login": sign_in.name, "told": told, "revoked": revoked, "left": left})
         return
@@ -116,6 +128,8 @@ def logout_command(login: str | None, force: bool, as_json: bool) -> None:
         print(f"Not known to be revoked: {left}. They end by themselves, see keybroker status.")
     if sign_in.unattended:
         print("This machine signs in again by itself when a key is asked for.")
+    for text in found.get("left", ()):  # of a Vault's token
+        print(f"It lives on until its end: {text}")
     if not told:
         print(_left(sign_in))
 
@@ -289,11 +303,30 @@ class _Desk:
             key=key,
             unseals=opened["key"],
         )
+        if stage in ("end", "forget") and opened["key"] is not None:
+            found = {**found, "left": list(self._end_sessions(stage, Secret(opened["key"])))}
         if stage not in ("check", "keep"):
             for name, profile in self._config.profiles.items():
                 if self._sign_in in profile.logins and not profile.kind.ours:  # the token itself
                     self._call("forget", SIGN_SECONDS, profile=name)
         return found
+
+    def _end_sessions(self, stage: str, key: Secret) -> Iterator[str]:
+        """End the sessions that were begun with it; yield what could not be done."""
+        issuers = [one for profile in self._config.profiles.values() for one in profile.asked]
+        for issuer in issuers:
+            if self._sign_in not in needed_by(issuer) or not name_of(issuer):
+                continue
+            named = {"session_key": name_of(issuer), "wrap_key": key}
+            held = Logins(self._pool.ask("vault", "recall", SIGN_SECONDS, **named).sessions)
+            if (pair := held.end(issuer)) is None:
+                continue
+            self._pool.call("vault", "keep", SIGN_SECONDS, kept=pair[1], wrap_key=key)
+            if issuer.vault and stage == "end":
+                ended = {"vault": issuer.vault, "session": pair[0]}
+                answer = self._pool.ask("vault", "end_session", SIGN_SECONDS, **ended)
+                if answer.error is not None:
+                    yield answer.error.message
 
     def _call(self, op: str, seconds: float, **values: Any) -> Mapping[str, Any]:
         return self._pool.call("login", op, seconds, **values)

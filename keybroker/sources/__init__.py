@@ -257,6 +257,19 @@ def keep_session(text: str, environment: Mapping[str, str], held: Held) -> None:
     keep_session(read_text(text), environment, held, RENEWAL_SECONDS)
 
 
+def end_session(text: str, environment: Mapping[str, str], held: Held) -> None:
+    """
+    End the session of a Vault, given as its table.
+
+    Raises:
+        SourceError: Vault did not confirm it.
+    """
+    from keybroker.sources.vault.place import end_session
+    from keybroker.vault import read_text
+
+    end_session(read_text(text), environment, held, RENEWAL_SECONDS)
+
+
 def check_hand_out(secret: Secret, profile: Profile) -> None:
     """
     Refuse to send Anthropic's own key to somebody else's host.

@@ -15,6 +15,7 @@ from keybroker.sources.held import Held
 from keybroker.sources.http import Reply
 from keybroker.sources.vault.login import Login
 from keybroker.sources.vault.server import Server, part, said
+from keybroker.values import replace
 from keybroker.vault import Vault
 
 PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,19}")  # no key looks like it
@@ -138,6 +139,32 @@ def keep_session(vault: Vault, environment: Mapping[str, str], held: Held, secon
     place = Place(vault, environment, held, seconds)
     try:
         place.login.session()
+    finally:
+        place.server.close()
+
+
+def end_session(vault: Vault, environment: Mapping[str, str], held: Held, seconds: float) -> None:
+    """
+    Have the token of a session ended, and all that was leased with it.
+
+    Raises:
+        SourceError: Vault did not confirm it; the session is not used any more here.
+    """
+    session = held.get(vault.session)
+    if session.secret is None:
+        return
+    held.put(replace(session, secret=None))
+    place = Place(vault, environment, held, seconds)
+    try:
+        reply = place.server.ask(lambda client: client.auth.token.revoke_self(), session.secret)
+        if reply.status >= 300 and reply.status not in (401, 403):
+            raise place.invalid("auth/token/revoke-self", f"did not end the token ({reply.status})")
+        if reply.status in (401, 403) and place.login.lives(session):
+            raise place.invalid(
+                "auth/token/revoke-self",
+                "is not allowed to this token, which ends by itself",
+                "its policy has to allow it",
+            )
     finally:
         place.server.close()
 
