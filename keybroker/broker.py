@@ -1075,10 +1075,9 @@ class Broker:
     def end_session(self, issuer: Issuer) -> Session | None:
         """Ask an issuer no more with the session that there is; return that, if there was one."""
         ended = self._logins.end(issuer)
-        if ended is None:
-            return None
-        self._keep(ended[1])
-        return ended[0]
+        if ended is not None:
+            self._workers.send("cache", "forget_session", EXTRA_SECONDS, session_key=ended.key)
+        return ended
 
     def _renew_sessions(self, now: datetime) -> datetime | None:
         """Have those renewed that nobody asks with; return when the next one is due."""

@@ -889,16 +889,17 @@ class Daemon:
         return Job(client, result, time.monotonic() + ACT_SECONDS + sign_in.seconds)
 
     def _end_sessions(self, login: str, stage: Any, ended: list[Answer]) -> int:
-        """Ask with no session that was begun with a sign-in which is over; end those of Vaults."""
+        """End the sessions that were begun at a Vault with a sign-in which is over; count them."""
         if stage not in ("end", "forget"):
             return 0
         issuers = [one for profile in self._config.profiles.values() for one in profile.asked]
         waited = 0
         for issuer in issuers:
-            if not any(one.name == login for one in signin.needed_by(issuer)):
+            begins = issuer.vault and vault.logs_in(issuer.vault)  # else it is the sign-in's own
+            if not begins or not any(one.name == login for one in signin.needed_by(issuer)):
                 continue
             session = self._ready().end_session(issuer)
-            if session is None or not issuer.vault or stage == "forget":
+            if session is None or stage == "forget":
                 continue
             number = self._pool.send(
                 "vault", "end_session", ACT_SECONDS, vault=issuer.vault, session=session

@@ -70,20 +70,14 @@ class Logins:
         self._held[session.key] = forgiven
         return forgiven
 
-    def end(self, issuer: Issuer) -> tuple[Session, Session] | None:
-        """
-        Ask with a session no more.
-
-        Returns:
-            The session as it was, to be ended where it was begun, and as it is now, to be sealed;
-            None where there is none.
-        """
+    def end(self, issuer: Issuer) -> Session | None:
+        """Ask with a session no more; return it if there is one, to be ended where it was begun."""
         session = self.of(issuer)
         if session is None or session.secret is None:
             return None
         over = replace(session, serial=session.serial + 1, secret=None, not_before=None)
         self._held[session.key] = over
-        return session, over
+        return session
 
     def know(self, issuers: Iterable[Issuer]) -> None:
         """Take note of who is asked with sessions from now on: theirs are kept alive."""

@@ -142,6 +142,11 @@ def session_of(text: str) -> str:
     return sha256(text.encode())[:16]
 
 
+def logs_in(text: str) -> bool:
+    """Say whether a table as JSON begins a session, rather than to be given a token."""
+    return read_text(text).method not in ("token", "agent")
+
+
 def read_vault(raw: Mapping[str, Any], path: tuple[str, ...], where: Where) -> Vault:
     """
     Read the keys of a `[vault]` table; any others are not looked at.

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from keybroker import asking, export, kernel, sources
 from keybroker.audit import Audit
-from keybroker.cache import Cache, Cached, find_wrap_key
+from keybroker.cache import SESSION, Cache, Cached, find_wrap_key
 from keybroker.carry import decode_session, encode_session
 from keybroker.clock import Clock, Instant
 from keybroker.config import Profile, read_profile
@@ -471,6 +471,12 @@ class Operations:
 
     def forget(self, profile: str) -> dict[str, Any]:
         perform("forget", lambda: Cache(self.state, None, self.disk).forget(profile))
+        return {}
+
+    def forget_session(self, session_key: str) -> dict[str, Any]:
+        """Remove a session's file: nobody is to go on with it."""
+        cache = Cache(self.state, None, self.disk)
+        perform("forget", lambda: cache.forget(SESSION + session_key))
         return {}
 
     def follow(self, ttls: Mapping[str, str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import signal
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -39,7 +40,7 @@ from tests.servers.faults import DropBeforeCommit, Faults
 from tests.servers.oidc import Oidc
 from tests.servers.processes import Port
 from tests.servers.vault import OpenBao
-from tests.servers.vaultapi import Kv
+from tests.servers.vaultapi import Kv, RefusedError
 from tests.test_vault_daemon import gateway as gateway
 from tests.test_vault_daemon import minted, source
 from tests.typed import Signing
@@ -86,6 +87,15 @@ class Place:
 
     def alive(self, token: str) -> bool:
         return self.bao.ask("GET", "auth/token/lookup-self", token=token).status == 200
+
+    def tokens(self, mount: str) -> list[str]:
+        """Return the accessors of the tokens that were had by logging in at a mount."""
+        found = []
+        for one in self.bao.do("LIST", "auth/token/accessors")["data"]["keys"]:
+            with suppress(RefusedError):  # it has ended meanwhile
+                said = self.bao.do("POST", "auth/token/lookup-accessor", {"accessor": one})
+                found += [one] if said["data"]["path"] == f"auth/{mount}/login" else []
+        return found
 
     def count(self, path: str) -> int:
         return self.bao.count(f"auth/{self.mount}/{path}")
@@ -449,25 +459,66 @@ def test_signing_out_by_force_leaves_nothing_to_ask_with(
     assert person.helper()[0] == 77
 
 
-def test_a_token_of_a_provider_logs_in_by_jwt(
-    person: Resident, place: Place, oidc: Oidc, key: str
-) -> None:
-    """One sign-in at the company's provider is enough for a Vault that knows it."""
+def by_jwt(person: Resident, place: Place, oidc: Oidc, **role: Any) -> str:
+    """Configure a Vault that is logged in to with a token of a company's provider; its mount."""
     audience = f"https://{place.mount}.example"
     config = {"oidc_discovery_url": oidc.issuer, "bound_issuer": oidc.issuer}
-    mount = f"jwt-{place.mount}"
+    mount = f"jwt-{secrets.token_hex(4)}"
     place.bao.jwt("people", ["default", place.mount], audience, mount, config=config)
+    if role:
+        known = place.bao.do("GET", f"auth/{mount}/role/people")["data"]
+        place.bao.do("POST", f"auth/{mount}/role/people", {**known, **role})
     person.configure(
         f'[vault]\naddress = "{place.bao.url}"\n[vault.auth]\nmethod = "jwt"\n'
         f'mount = "{mount}"\nrole = "people"\njwt = {{ login = "sso" }}\n'
         f'[logins.sso]\ntype = "oidc"\nissuer = "{oidc.issuer}"\nresource = "{audience}"\n'
         + source(person_url(person), place.kv.path("llm"), 'poll = "1s"')
     )
+    return mount
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_a_token_of_a_provider_logs_in_by_jwt(
+    person: Resident, place: Place, oidc: Oidc, key: str, running: bool
+) -> None:
+    """One sign-in at the company's provider is enough for a Vault that knows it."""
+    mount = by_jwt(person, place, oidc)
     until(lambda: "run: keybroker login sso" in person.helper()[2])
     status, _, shown = person.cli("login", "sso")
 
     assert status == 0, shown
     assert until(person.key) == key
+
+    # and signing out ends what it began there: nothing more is read, nothing is renewed
+    assert len(place.tokens(mount)) == 1
+    until(lambda: list((person.state / "cache").glob("session.*")))
+    if not running:
+        person.kill(signal.SIGTERM)
+    status, said, shown = person.cli("logout", "sso")
+    assert (status, said, shown) == (0, "Signed out of sso.\n", "")
+    assert place.tokens(mount) == []
+    assert not list((person.state / "cache").glob("session.*"))
+    if not running:
+        person.start()
+    until(lambda: person.helper()[0] == 77)
+    assert "run: keybroker login sso" in person.helper()[2]
+
+
+def test_a_token_of_vault_s_that_may_not_end_itself_is_said(
+    person: Resident, place: Place, oidc: Oidc, key: str
+) -> None:
+    """Signing out is done all the same: it is not asked with any more."""
+    mount = by_jwt(person, place, oidc, token_no_default_policy=True, token_policies=[place.mount])
+    assert person.cli("login", "sso")[0] == 0
+    assert until(person.key) == key
+
+    status, said, shown = person.cli("logout", "sso")
+
+    assert (status, shown) == (0, "")
+    assert "Not ended: vault: " in said
+    assert "auth/token/revoke-self: did not end the token (403), which may live on" in said
+    assert len(place.tokens(mount)) == 1
+    until(lambda: person.helper()[0] == 77)
 
 
 # The table

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from keybroker import signin, wire
+from keybroker import signin, vault, wire
 from keybroker.cli.base import in_words, logins, on_the_clock, print_json, progress
 from keybroker.cli.keys import end_keys, raise_what_is_left
 from keybroker.cli.sign_ins import described, row
@@ -129,7 +129,7 @@ def logout_command(login: str | None, force: bool, as_json: bool) -> None:
     if sign_in.unattended:
         print("This machine signs in again by itself when a key is asked for.")
     for text in found.get("left", ()):  # of a Vault's token
-        print(f"It lives on until its end: {text}")
+        print(f"Not ended: {text}")
     if not told:
         print(_left(sign_in))
 
@@ -315,15 +315,16 @@ class _Desk:
         """End the sessions that were begun with it; yield what could not be done."""
         issuers = [one for profile in self._config.profiles.values() for one in profile.asked]
         for issuer in issuers:
-            if self._sign_in not in needed_by(issuer) or not name_of(issuer):
+            begins = issuer.vault and vault.logs_in(issuer.vault)  # else it is the sign-in's own
+            if not begins or self._sign_in not in needed_by(issuer):
                 continue
             named = {"session_key": name_of(issuer), "wrap_key": key}
             held = Logins(self._pool.ask("vault", "recall", SIGN_SECONDS, **named).sessions)
-            if (pair := held.end(issuer)) is None:
+            if (session := held.end(issuer)) is None:
                 continue
-            self._pool.call("vault", "keep", SIGN_SECONDS, kept=pair[1], wrap_key=key)
-            if issuer.vault and stage == "end":
-                ended = {"vault": issuer.vault, "session": pair[0]}
+            self._pool.call("vault", "forget_session", SIGN_SECONDS, session_key=session.key)
+            if stage == "end":
+                ended = {"vault": issuer.vault, "session": session}
                 answer = self._pool.ask("vault", "end_session", SIGN_SECONDS, **ended)
                 if answer.error is not None:
                     yield answer.error.message

@@ -98,7 +98,7 @@ class Login:
             reply = self._server.ask(call, session.secret, makes=makes)
             if reply.status not in (401, 403) and "missing client token" not in said(reply):
                 return reply
-            if (self._rests(session) and not session.failures) or self.lives(session):
+            if (self._rests(session) and not session.failures) or self._lives(session):
                 break
             if self._vault.method == "agent":
                 raise SourceUnavailable(
@@ -335,7 +335,7 @@ class Login:
             reply = self._server.ask(
                 lambda client: client.auth.token.renew_self(increment=wish), session.secret
             )
-            if reply.status in (401, 403) and not self.lives(session):
+            if reply.status in (401, 403) and not self._lives(session):
                 return replace(session, secret=None)
         except SourceUnavailable as error:
             return self._put_off(session, error)
@@ -373,7 +373,7 @@ class Login:
         rest = datetime.now(UTC) + _backoff(failures, error)
         return self._held.put(replace(session, failures=failures, not_before=rest))
 
-    def lives(self, session: Session) -> bool:
+    def _lives(self, session: Session) -> bool:
         """Ask whether a token is alive: all 403 are alike but for this one."""
         reply = self._server.ask(lambda client: client.auth.token.lookup_self(), session.secret)
         return reply.status == 200
