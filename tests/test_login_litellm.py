@@ -78,6 +78,21 @@ lifetime = "{lifetime}"
     return text
 
 
+PUBLISHED = """
+[vault]
+address = "http://127.0.0.1:1"
+[vault.auth]
+method = "token"
+token = { file = "/nowhere" }
+"""
+PUBLISH = """
+[profiles.work.publish]
+to = "vault"
+path = "secret/data/llm"
+poll = "1s"
+"""
+
+
 def known(proxy: LiteLLM, person: str, **teams: str) -> None:
     """Have the proxy know somebody before they sign in, in teams."""
     wish = {"user_id": person, "user_email": f"{person}@example.com", "auto_create_key": False}
@@ -156,6 +171,17 @@ def test_keys_of_one_s_own(resident: Resident, proxy: LiteLLM) -> None:
     assert tokens.refresh is not None
     secrets = (proxy.master_key, second, tokens.access.reveal(), tokens.refresh.reveal())
     assert [one for one in secrets for data in kept if one.encode() in data] == []
+
+    # nobody who reads what is published is left with a dead key unasked
+    another = resident.home.path / "another.toml"
+    another.write_text(f"{PUBLISHED}{configuration(proxy.url)}{PUBLISH}".replace('"2s"', '"20s"'))
+    resident.environment["KEYBROKER_CONFIG"] = str(another)
+    status, said, shown = resident.cli("logout")
+    assert (status, said) == (78, "")
+    assert "login corp: its keys are published at vault http://127.0.0.1:1/v1/secret" in shown
+    assert "hint: sign out all the same: keybroker logout --force corp" in shown
+    assert len(owned(proxy, resident, "ada")) == 1
+    del resident.environment["KEYBROKER_CONFIG"]
 
     assert resident.cli("logout") == (0, "Signed out of corp. 1 key revoked.\n", "")
     assert owned(proxy, resident, "ada") == []
