@@ -77,6 +77,7 @@ class Answers:
         self.excuse: Callable[[], KeybrokerError | None] = lambda: None  # why nothing is done now
         self.expects: Callable[[str], bool] = lambda name: False  # it may yet be made for a program
         self.config = config
+        self.owners: frozenset[int] = frozenset()  # the uids that may have and ask for everything
         self.others: Mapping[int, Config] = {}  # what each of the other users may have, by uid
         self.named = False  # a settings file that was not known before
         self.stirred = False  # something is to be settled that was not a moment ago
@@ -102,8 +103,7 @@ class Answers:
             return wire.error_line(NobodyAnswers("the daemon was asked in words it does not know"))
         if isinstance(asked, dict):
             return None
-        config = self.others.get(uid, self.config)
-        ours = config is self.config
+        config, ours = self.config_of(uid), uid in self.owners
         if ours and asked.ttl_ms and asked.directory and self._files.name(asked.directory):
             self.named = self.stirred = True
         if self.broker is None:
@@ -132,11 +132,11 @@ class Answers:
             self._control(asked, client)
             return
         name = asked.profile
-        config = self.others.get(client.uid, self.config)
+        config = self.config_of(client.uid)
         try:
             name = config.profile(name or None).name
         except ConfigError as error:
-            if config is not self.config or not self.expects(name):
+            if client.uid not in self.owners or not self.expects(name):
                 client.send(wire.error_line(error), last=True)
                 return
         session = self._session(asked, client.uid)
@@ -229,11 +229,17 @@ class Answers:
         self._waiting.clear()
         self._jobs.clear()
 
+    def config_of(self, uid: int) -> Config:
+        """Return what a user may have: nothing, if the configuration names them no more."""
+        if uid in self.owners:
+            return self.config
+        return self.others.get(uid) or self.config.of(())
+
     # keys
 
     def _session(self, asked: wire.Asked, uid: int) -> Session | None:
         """Return whose key it is to be; processes of other users are not to be seen by us."""
-        if uid in self.others:
+        if uid not in self.owners:
             return Session(asked.pid, 0, "?") if asked.pid > 0 else None
         return identify(asked.pid)
 
@@ -307,7 +313,7 @@ class Answers:
                     f"the daemon does not know {str(asked['op'])[:32]!r}; it may be older",
                     hint="keybroker daemon --stop",
                 )
-            if client.uid in self.others and asked["op"] not in FOR_OTHERS:
+            if client.uid not in self.owners and asked["op"] not in FOR_OTHERS:
                 raise SourceDenied("only root may ask the daemon of a shared host for this")
             job = operation(asked, client)
         except KeybrokerError as error:

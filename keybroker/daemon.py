@@ -595,6 +595,7 @@ class Daemon:
                     self._log.once("warning", text, about=text)
                 elif uid not in owners:
                     theirs.setdefault(uid, set()).add(profile.name)
+        self._answers.owners = frozenset(owners)
         self._answers.others = {uid: self._file.of(names) for uid, names in theirs.items()}
         return frozenset(owners.union(theirs))
 
@@ -743,8 +744,8 @@ class Daemon:
 
     def _at_a_glance(self, asked: Mapping[str, Any], uid: int) -> str:
         """Say in a line how one profile stands, or why that cannot be told."""
-        config = self._answers.others.get(uid, self._config)
-        if config is self._config and asked.get("config", self._named) != self._named:
+        config = self._answers.config_of(uid)
+        if uid in self._answers.owners and asked.get("config", self._named) != self._named:
             return "keybroker ! the daemon has another configuration"
         name = asked.get("profile")
         try:
@@ -757,9 +758,9 @@ class Daemon:
         locked = self._broker.locked and self._config.cache_key != "memory"
         return standing.glance(row, locked=locked)
 
-    def _standing(self, broker: Broker, uid: int = -1) -> dict[str, Any]:
+    def _standing(self, broker: Broker, uid: int) -> dict[str, Any]:
         """Say how everything stands, or how that stands which another user may have."""
-        config = self._answers.others.get(uid, self._config)
+        config = self._answers.config_of(uid)
         found: dict[str, Any] = {
             "daemon": self._who(),
             "cache": self._origin,
@@ -768,7 +769,7 @@ class Daemon:
             "runs": [],
             "push": {"known": [], "off": {}, "others": self._file.shared},
         }
-        if config is self._config:
+        if uid in self._answers.owners:
             found["unconfigured"] = standing.unconfigured(broker, config.profiles)
             found["runs"] = [run.row() for run in self._runs or ()]
             found["push"] |= {"known": self._files.known(), "off": self._files.off}
@@ -929,7 +930,7 @@ class Daemon:
         self._watchers = [client for client in self._watchers if not client.closed]
         if self._watchers and self._broker is not None and now >= self._tell_at:
             self._told_at, self._tell_at = now, NEVER
-            line = wire.told(self._standing(self._broker))
+            line = wire.told(self._standing(self._broker, os.geteuid()))
             for client in self._watchers:
                 client.send(line)
 

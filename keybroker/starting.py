@@ -16,7 +16,11 @@ LOG = "daemon.log"
 START_SECONDS = 5.0
 # `-S`: site packages are of no use to it, and what they run at every start costs memory for good.
 _BOOT = "import sys; sys.path.append(sys.argv.pop(1)); from keybroker.listening import main; main()"
-_LOADS = "import sys; sys.path.append(sys.argv[1]); import keybroker.listening, keybroker.daemon"
+# With the configuration that it would read: one that is bad stays unused until it is mended.
+_LOADS = (
+    "import os, sys; sys.path.append(sys.argv[1]); import keybroker.listening, keybroker.daemon;"
+    "from keybroker import config, paths; config.load(paths.config_files(os.environ))"
+)
 # Beside what a worker may have: where files are, and what a [vault] table leaves out.
 _OURS = ("KEYBROKER_CONFIG", "XDG_CONFIG_HOME", "XDG_STATE_HOME", *vault.VARIABLES)
 

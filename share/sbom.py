@@ -23,7 +23,7 @@ def sbom() -> dict[str, Any]:
     """
     Return keybroker and what it asks for.
 
-    Which version of that is installed is not known when a wheel is built: `make sbom` has it.
+    Which version of that is installed is not known when a wheel is built: `make dist` has it.
 
     See: https://cyclonedx.org/docs/1.6/json/
     """

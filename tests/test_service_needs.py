@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from keybroker.answering import Answers
+from keybroker.audit import Audit
 from keybroker.config import Config, load
 from keybroker.errors import ConfigError
 from keybroker.paths import state_directory
+from keybroker.push import SettingsFiles
 from keybroker.services.needs import needs
 from keybroker.services.systemd import DROP_IN, Systemd, plain, quoted
-from tests.resident import Home
+from tests.resident import Home, Resident
+
+if TYPE_CHECKING:
+    from keybroker.broker import Broker
 
 SECRET = "sk-canary-of-a-variable"
 HEAD = '[profiles.work]\nbase_url = "https://llm.example.com"\n[profiles.work.source]\n'
@@ -153,3 +161,31 @@ def test_an_interpreter_in_a_home_is_none_of_a_host_s(
 def test_a_folder_has_to_be_named_in_full(home: Home, folder: str) -> None:
     with pytest.raises(ConfigError, match=r"config.toml:2: service.writable"):
         config(home, f'[service]\nwritable = ["{folder}"]\n' + HEAD + LITELLM.format('file = "/x"'))
+
+
+def test_whom_the_configuration_names_no_more_has_nothing(home: Home) -> None:
+    """Though they are connected already: only owners have what nobody's name is beside."""
+    whole = asked(home)
+    answers = Answers(whole, Audit(home.path), SettingsFiles(home.path), {})
+    answers.owners, answers.others = frozenset({0}), {1001: whole.of({"work"})}
+    assert set(answers.config_of(0).profiles) == set(answers.config_of(1001).profiles) == {"work"}
+    answers.others = {}
+    assert not answers.config_of(1001).profiles
+    for line in (b"1 get work 0 0\n", b"1 get - 0 0\n"):
+        answers.broker = cast("Broker", object())  # it would be asked for the key
+        reply = answers.at_once(line, 1001)
+        assert reply is not None and reply.startswith(b"error 78 ")
+
+
+def test_how_a_service_stands_is_said_without_a_configuration(resident: Resident) -> None:
+    """Nothing is installed, and nothing has to be configured for that."""
+    assert resident.cli("service", "status") == (
+        69,
+        "no service is installed; keybroker service install\n",
+        "",
+    )
+    resident.configure("bogus = 1\n")
+    status, said, _ = resident.cli("service", "status", "--json")
+    found = json.loads(said)
+    assert (status, found["installed"]) == (69, False)
+    assert "bogus: unknown key" in found["problem"]

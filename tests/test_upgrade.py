@@ -161,6 +161,21 @@ def test_what_cannot_be_loaded_does_not_take_over(installed: Installed) -> None:
     assert installed.key() == key
 
 
+def test_a_bad_configuration_is_mended_first(installed: Installed) -> None:
+    """The one before it is in use, and the other version would not have it."""
+    installed.start(command=installed.command)
+    until(lambda: installed.row()["fingerprint"])
+    before, key, good = installed.version, installed.key(), installed.file.read_text()
+    installed.configure(good + "bogus = 1\n")
+    installed.install("9.9.9")
+    until(lambda: "what cannot be loaded; this one goes on" in installed.said(), SECONDS)
+    assert (installed.version, installed.key()) == (before, key)
+
+    installed.configure(good)
+    until(lambda: installed.version == "9.9.9", SECONDS)
+    assert installed.key() == key
+
+
 def test_what_is_under_way_is_finished_first(home: Home, gateway: DevGateway) -> None:
     """Whoever waits for a key that is being minted gets it, and it is the only one."""
     pause = PauseResponse(at_most=5.0)

@@ -379,6 +379,8 @@ def revoke_command(profile: str | None, every: bool, dry_run: bool, as_json: boo
     try:
         config = configuration()
     except ConfigError as error:
+        if is_system():
+            raise
         config = Config({}, None, "auto", ())
         print(f"keybroker: {error.message}; going by the journal alone", file=sys.stderr)
     if is_system() and not dry_run:  # its journal is read by that daemon alone

@@ -11,7 +11,7 @@ from keybroker.cli.daemon import end_daemon
 from keybroker.cli.work import configuration
 from keybroker.connect.line import helper_line, system_line
 from keybroker.connect.proof import prove
-from keybroker.errors import NobodyAnswers
+from keybroker.errors import ConfigError, NobodyAnswers
 from keybroker.services import service_manager
 from keybroker.services.manager import content
 from keybroker.services.needs import Needs, needs
@@ -78,7 +78,11 @@ def status_command(system: bool, as_json: bool) -> None:
 
     Exit status: 0 when it runs, 69 when it does not.
     """
-    service, wanted = _manager(system), _needs(system)
+    service, wanted, problem = _manager(system), None, None
+    try:
+        wanted = _needs(system)
+    except ConfigError as error:  # how the service stands is worth knowing all the same
+        problem = error.message
     state = service.state(wanted)
     facts: dict[str, Any] = {
         "manager": service.name,
@@ -89,7 +93,8 @@ def status_command(system: bool, as_json: bool) -> None:
         "pid": state.pid or None,
         "restarts": state.restarts,
         "result": state.result,
-        "files": [str(file) for file in service.files(wanted) if file.exists()],
+        "files": [str(file) for file in service.places if file.exists()],
+        "problem": problem,
     }
     if as_json:
         print_json(facts)
@@ -100,7 +105,9 @@ def status_command(system: bool, as_json: bool) -> None:
         print(f"{state.active}, {runs}, {service.begins_at}")
         if state.restarts:
             print(f"restarted {state.restarts} times, the last time because of: {state.result}")
-        if not state.current:
+        if problem is not None:
+            print(problem)
+        elif not state.current:
             print("the configuration or keybroker has changed since: keybroker service install")
         for file in facts["files"]:
             print(f"  {file}")

@@ -14,7 +14,7 @@ from typing import Any
 from keybroker import starting
 from keybroker.errors import ConfigError, NobodyAnswers
 from keybroker.paths import Disk, private_directory, state_directory
-from keybroker.services.manager import PROGRAM, State, content, run
+from keybroker.services.manager import PROGRAM, State, content, is_current, run
 from keybroker.services.needs import Needs
 
 LABEL = "keybroker.agent"
@@ -67,6 +67,11 @@ class Launchd:
             except OSError as error:
                 raise ConfigError(f"{file}: cannot be written ({error.strerror})") from None
         return changed
+
+    @property
+    def places(self) -> list[Path]:
+        """Where the file is, whatever is needed."""
+        return [self._file]
 
     @property
     def installed(self) -> bool:
@@ -125,15 +130,15 @@ class Launchd:
             return [self._file]
         return []
 
-    def state(self, needs: Needs) -> State:
-        """Ask how it stands."""
+    def state(self, needs: Needs | None) -> State:
+        """Ask how it stands; None: what is needed is not known."""
         done = run(["launchctl", "print", f"{self._domain}/{LABEL}"])
         lines = (line.strip().split(" = ", 1) for line in done.stdout.splitlines())
         found = {pair[0]: pair[1] for pair in lines if len(pair) == 2}
         running = found.get("state") == "running"
         return State(
             installed=self.installed,
-            current=all(content(file) == text for file, text in self.files(needs).items()),
+            current=is_current(self.files, needs),
             enabled=self.installed,
             active="active" if running else "inactive",
             pid=int(found.get("pid", "0")) if running else 0,

@@ -1,9 +1,12 @@
 """What service managers have in common: how a service stands, how their programs are run."""
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from keybroker.errors import ConfigError
+from keybroker.services.needs import Needs
 from keybroker.values import dataclass
 
 COMMAND_SECONDS = 30.0
@@ -42,6 +45,13 @@ def run(
         return subprocess.CompletedProcess(command, 127, "", f"{command[0]}: {error.strerror}")
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 124, "", f"no end within {seconds:.0f} s")
+
+
+def is_current(files: Callable[[Needs], Mapping[Path, str]], needs: Needs | None) -> bool:
+    """Say whether files are what they would be now; not where that cannot be told."""
+    with suppress(ConfigError):  # what they would name is missing
+        return needs is not None and all(content(f) == text for f, text in files(needs).items())
+    return False
 
 
 def content(file: Path) -> str | None:

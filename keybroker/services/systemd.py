@@ -14,7 +14,7 @@ from pathlib import Path
 from keybroker.cache import CREDENTIAL
 from keybroker.errors import ConfigError, NobodyAnswers
 from keybroker.paths import SYSTEM_CONFIG, SYSTEM_SOCKET, Disk, private_directory, runtime_directory
-from keybroker.services.manager import COMMAND_SECONDS, PROGRAM, State, content, run
+from keybroker.services.manager import COMMAND_SECONDS, PROGRAM, State, content, is_current, run
 from keybroker.services.needs import Needs
 
 SERVICE, SOCKET = "keybroker.service", "keybroker.socket"
@@ -59,6 +59,11 @@ class Systemd:
             for name in (SOCKET, SERVICE)
         }
         return {**found, self.folder / DROP_IN: self._drop_in(needs)}
+
+    @property
+    def places(self) -> list[Path]:
+        """Where the files are, whatever is needed."""
+        return [self.folder / name for name in (DROP_IN, SERVICE, SOCKET)]
 
     def _drop_in(self, needs: Needs) -> str:
         """Write what the profiles need beside the unit."""
@@ -148,12 +153,21 @@ class Systemd:
                 )
 
     def remove(self) -> list[Path]:
-        """Remove what `write` has put in place; return what there was."""
+        """
+        Remove what `write` has put in place; return what there was.
+
+        Raises:
+            ConfigError: A file cannot be removed.
+        """
         removed = []
-        for name in (DROP_IN, SERVICE, SOCKET):
-            with suppress(FileNotFoundError):
-                (self.folder / name).unlink()
-                removed.append(self.folder / name)
+        for file in self.places:
+            try:
+                file.unlink()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise ConfigError(f"{file}: cannot be removed ({error.strerror})") from None
+            removed.append(file)
         own = (self.folder / DROP_IN).parent
         for folder in (own,) if self._system else (own, self.folder, self.folder.parent):
             with suppress(OSError):  # it is somebody else's too
@@ -243,8 +257,8 @@ class Systemd:
             self._systemctl("reset-failed", SOCKET, SERVICE)
         return removed
 
-    def state(self, needs: Needs) -> State:
-        """Ask how the units stand."""
+    def state(self, needs: Needs | None) -> State:
+        """Ask how the units stand; None: what is needed is not known."""
         fields = ("ActiveState", "MainPID", "NRestarts", "Result")
         done = self._systemctl("show", SERVICE, *(f"--property={one}" for one in fields))
         found = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
@@ -252,7 +266,7 @@ class Systemd:
         active = found.get("ActiveState", "unknown")
         return State(
             self.installed,
-            all(content(file) == text for file, text in self.files(needs).items()),
+            is_current(self.files, needs),
             self._systemctl("is-enabled", SOCKET).stdout.strip() == "enabled",
             "listening" if active == "inactive" and socket == "active" else active,
             int(found.get("MainPID", "0")),

@@ -200,11 +200,11 @@ BOOT = r"""
 set -eu
 work=$1 tree=$2; shift 2
 mount -t tmpfs -o mode=755 tmpfs "$work"
-mkdir "$work/upper" "$work/work" "$work/root"
-mount -t overlay overlay -o "lowerdir=$tree,upperdir=$work/upper,workdir=$work/work" "$work/root"
-rm -f "$work/root/etc/machine-id"
-: > "$work/root/etc/machine-id"  # a fresh machine each time
-exec env SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 systemd-nspawn --quiet --directory="$work/root" \
+mkdir "$work/upper" "$work/work" "$work/tree"
+mount -t overlay overlay -o "lowerdir=$tree,upperdir=$work/upper,workdir=$work/work" "$work/tree"
+rm -f "$work/tree/etc/machine-id"
+: > "$work/tree/etc/machine-id"  # a fresh machine each time
+exec env SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 systemd-nspawn --quiet --directory="$work/tree" \
     --register=no --boot --console=pipe --link-journal=no --system-call-filter=@keyring "$@"
 """
 
