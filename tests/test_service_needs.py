@@ -98,6 +98,15 @@ def test_a_secret_in_a_variable_is_refused_and_not_shown(
     assert SECRET not in str(raised.value) + str(raised.value.hint)
 
 
+def test_a_variable_that_is_not_known_may_hold_one(home: Home) -> None:
+    """Whatever it is called: its value is in no unit."""
+    text = HEAD + 'type = "command"\ncommand = ["/bin/x"]\nenvironment = ["GATEWAY"]\n'
+    with pytest.raises(ConfigError, match="GATEWAY: a service does not see") as raised:
+        needs(config(home, text), {**home.environment, "GATEWAY": SECRET})
+    assert SECRET not in str(raised.value) + str(raised.value.hint)
+    assert "GATEWAY" not in needs(config(home, text), home.environment).environment
+
+
 @pytest.mark.parametrize("reference", ['keyring = "x"', 'file = "~/x"'])
 def test_what_a_shared_host_s_daemon_does_not_have(home: Home, reference: str) -> None:
     with pytest.raises(

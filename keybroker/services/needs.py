@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from keybroker import starting
+from keybroker import aws, starting, vault
 from keybroker.cache import CREDENTIAL
 from keybroker.config import Config
 from keybroker.connect.record import Record, file_of
@@ -95,18 +95,19 @@ def needs(config: Config, environment: Mapping[str, str], *, system: bool = Fals
 
 
 def _check_variables(config: Config, environment: Mapping[str, str], references: set[str]) -> None:
-    """See that no secret is in a variable."""
+    """See that no secret is in a variable; what we do not know may be one."""
     named = references.union(*variables(config).values())
+    known = {*starting.scrubbed(environment, ()), *aws.VARIABLES, *vault.VARIABLES}
     secret = [
         name
         for name, value in sorted(starting.scrubbed(environment, named).items())
-        if name in references or _SECRET.search(name) or _PASSWORD.search(value)
+        if name not in known - references or _SECRET.search(name) or _PASSWORD.search(value)
     ]
     if secret:
         raise ConfigError(
             f"{', '.join(secret)}: a service does not see what a shell exports, and no unit may "
             "hold a secret",
-            hint="keep it in the keyring or a file instead: docs/references.md",
+            hint="keep it in the keyring or a file; what is no secret: a drop-in of your own",
         )
 
 
