@@ -84,6 +84,49 @@ def test_a_browser_signs_in_and_keys_are_had(ada: Person) -> None:
     assert ada.cli("logout") == (0, "Nobody was signed in to corp.\n", "")
 
 
+@pytest.mark.parametrize("running", [True, False])
+def test_a_sign_in_of_another_table_is_forgotten_by_force(ada: Person, running: bool) -> None:
+    """Its provider may be another one: what is here alone can be removed, if that is asked."""
+    if running:
+        ada.here.start()
+    assert ada.cli("login")[0] == 0
+    file = ada.here.state / "logins/corp.json"
+    ada.configure(scopes='["openid"]')
+    if running:
+        assert ada.cli("reload")[0] == 0
+
+    status, said, told = ada.cli("logout")
+    assert (status, said) == (78, "")
+    assert "login corp: somebody signed in by another table" in told
+    assert "forget it here: keybroker logout --force corp" in told
+    assert file.exists()
+
+    status, said, told = ada.cli("logout", "--force")
+    assert (status, told) == (0, "")
+    assert said.startswith("Signed out of corp.\nThe provider was not told")
+    assert not file.exists()
+    assert ada.cli("logout") == (0, "Nobody was signed in to corp.\n", "")
+
+
+@pytest.mark.parametrize("lost", ["key", "place"])
+def test_a_sign_in_that_nothing_opens_is_forgotten_by_force(ada: Person, lost: str) -> None:
+    """The key that sealed it is gone, or the cache is in memory now."""
+    assert ada.cli("login")[0] == 0
+    file = ada.here.state / "logins/corp.json"
+    if lost == "key":
+        (ada.here.state / "wrap.key").unlink()
+    else:
+        ada.configure(cache="memory")
+
+    assert ada.cli("logout")[0] == 69
+    assert file.exists()
+    status, said, told = ada.cli("logout", "--force")
+    assert (status, told) == (0, "")
+    assert said.startswith("Signed out of corp.\n")
+    assert not file.exists()
+    assert ada.cli("whoami")[0] == 77
+
+
 def test_a_daemon_that_runs_is_told(ada: Person) -> None:
     """The helper has a key as soon as somebody has signed in, and none as soon as they left."""
     ada.here.start()

@@ -20,6 +20,7 @@ from keybroker.config import Config
 from keybroker.credential import Secret
 from keybroker.errors import (
     CANNOT_KEEP,
+    CacheError,
     CacheLocked,
     ConfigError,
     KeybrokerError,
@@ -91,10 +92,19 @@ def logout_command(login: str | None, force: bool, as_json: bool) -> None:
     config = configuration()
     sign_in = chosen(config, login)
     standing = signin.standing_of(state(), sign_in)
+    left_over = standing is None and sign_in.is_sealed
+    left_over = left_over and signin.file_of(state(), sign_in.name).exists()
+    if left_over and not force:
+        raise ConfigError(
+            f"login {sign_in.name}: somebody signed in by another table, which alone can end that",
+            hint=f"put that table back, or forget it here: {_by_force(sign_in)}",
+        )
     with closing(_Desk(config, sign_in)) as at:
         revoked, left = 0, 0
         found: Mapping[str, Any] = {"told": False}
-        if standing is not None or sign_in.unattended:
+        if left_over:
+            at.sign("forget")
+        elif standing is not None or sign_in.unattended:
             mine = [p for p in config.profiles.values() if sign_in in p.logins and p.kind.ours]
             published = [str(p.publish.issuer) for p in mine if p.publish is not None]
             if published and not force:
@@ -103,7 +113,11 @@ def logout_command(login: str | None, force: bool, as_json: bool) -> None:
                     "who reads them there would be refused",
                     hint=_all_the_same(sign_in),
                 )
-            at.sign("leave")
+            try:
+                at.sign("leave")
+            except CacheError:  # what cannot be opened can still be removed
+                if not force:
+                    raise
             if mine:
                 results = end_keys(config, [profile.name for profile in mine])
                 revoked = sum(result["revoked"] for result in results)
@@ -119,7 +133,7 @@ def logout_command(login: str | None, force: bool, as_json: bool) -> None:
     if as_json:
         print_json({"login": sign_in.name, "told": told, "revoked": revoked, "left": left})
         return
-    if standing is None and not sign_in.unattended:
+    if standing is None and not sign_in.unattended and not left_over:
         print(f"Nobody was signed in to {sign_in.name}.")
         return
     keys = f" {revoked} key{'' if revoked == 1 else 's'} revoked." if revoked else ""
@@ -223,7 +237,11 @@ def _all_gone(results: list[dict[str, Any]], sign_in: SignIn) -> None:
 
 
 def _all_the_same(sign_in: SignIn) -> str:
-    return f"sign out all the same: keybroker logout --force {sign_in.name}"
+    return f"sign out all the same: {_by_force(sign_in)}"
+
+
+def _by_force(sign_in: SignIn) -> str:
+    return f"keybroker logout --force {sign_in.name}"
 
 
 def _ways(*, device: bool, browser: bool, no_browser: bool) -> tuple[list[str], bool]:
@@ -290,7 +308,7 @@ class _Desk:
             )
             return found
         opened = self._call("unlock", SIGN_SECONDS, kind=self._config.cache_key)
-        if opened["key"] is None and self._sign_in.is_sealed:
+        if opened["key"] is None and self._sign_in.is_sealed and stage != "forget":
             raise CacheLocked(
                 f"login {self._sign_in.name}: a sign-in can be kept nowhere: {opened['origin']}",
                 hint=CANNOT_KEEP,
